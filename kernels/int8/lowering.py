@@ -70,7 +70,7 @@ def linear(
     K, N = q.shape[-1], weight_q.shape[0]
     rows = q.reshape(-1, K)
     M = rows.shape[0]
-    padding = torch.sym_max(min_rows - M, 0)
+    padding = torch.sym_max(min_rows - M, 0)  # type: ignore[no-untyped-call]
     if isinstance(padding, int) and padding == 0:
         accumulator = torch._int_mm(rows, weight_q.t())
     else:
