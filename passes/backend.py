@@ -1,0 +1,152 @@
+"""``torch.compile(model, backend="ditc")``: capture, rewrite, lower, and hand the program to the runtime."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._inductor.compile_fx import compile_fx
+
+from ditc.runtime.artifact import Artifact, Manifest, StateSpec
+
+from .capture import Capture, GraphInput, capture_dynamo, graph_inputs
+from .errors import CaptureError
+from .lower.eager import lower_eager
+from .lower.inductor import lower_inductor, mode_options
+from .pipeline import Rewritten, rewrite
+from .plan import Plan
+from .verify import graph_hash
+
+
+class UntouchedWarning(UserWarning):
+    """A graph runs as it was captured, without ditc's rewrites, for the reason given."""
+
+
+def ditc(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """The backend that ``torch.compile`` calls for each captured graph.
+
+    Args:
+        gm: Dynamo's graph; it is copied, never changed.
+        example_inputs: the tensors and integers of the first call.
+        options: fields of :class:`Plan`.
+        mode: as ``torch.compile``'s, refused where the plan makes it impossible.
+
+    Raises:
+        PlanError: the options are no plan.
+        PassError: a pass failed, or found candidates and could rewrite none.
+    """
+    plan = Plan.from_options(options, mode)
+    reason = reason_to_pass_through(gm, example_inputs)
+    if reason is None:
+        try:
+            capture = capture_dynamo(gm, example_inputs)
+        except CaptureError as error:
+            reason = str(error)
+        else:
+            reason = capture.unsupported
+    if reason is not None:
+        return pass_through(gm, example_inputs, plan, reason).load()
+    return build(capture, plan).load()
+
+
+def reason_to_pass_through(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> str | None:
+    """Why this graph must run exactly as captured; ``None`` when it may be rewritten."""
+    tensors = [x for x in example_inputs if isinstance(x, torch.Tensor)]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return "gradients are recorded: call the model under torch.no_grad() or torch.inference_mode()"
+    for device in {t.device.type for t in tensors} or {"cpu"}:
+        if torch.is_autocast_enabled(device):
+            return "autocast is on: convert the model to the dtype instead (model.to(torch.bfloat16))"
+    if any(t.numel() == 0 for t in tensors):
+        return "an input is empty"
+    if any(type(t) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer) for t in tensors if not _is_fake(t)):
+        kinds = sorted({type(t).__name__ for t in tensors} - {"Tensor", "Parameter", "Buffer"})
+        return f"an input is a tensor subclass ({', '.join(kinds)})"
+    return None
+
+
+def _is_fake(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, torch._subclasses.FakeTensor)
+
+
+def pass_through(gm: fx.GraphModule, example_inputs: Sequence[Any], plan: Plan, reason: str) -> Artifact:
+    """Compiles Dynamo's graph with inductor alone, and says why."""
+    warnings.warn(f"ditc leaves a graph as it is: {reason}", UntouchedWarning, stacklevel=2)
+    run = gm.forward if plan.lower == "eager" else compile_fx(gm, list(example_inputs), config_patches=mode_options(plan.mode))
+    manifest = Manifest(plan.to_toml(), "", versions(), "dynamo", untouched=reason)
+    owner = next((i for i, x in enumerate(example_inputs) if isinstance(x, torch.nn.Parameter)), None)
+    return Artifact((run,), StateSpec(), manifest, owner=owner)
+
+
+def build(capture: Capture, plan: Plan) -> Artifact:
+    """Rewrites a captured graph according to ``plan`` and lowers it."""
+    inputs = graph_inputs(capture.graph)
+    rewritten = rewrite(capture, plan)
+    return assemble(rewritten, inputs, plan, capture.source)
+
+
+def assemble(rewritten: Rewritten, inputs: Sequence[GraphInput], plan: Plan, source: str) -> Artifact:
+    """Lowers a rewritten graph and describes it as an artifact.
+
+    Args:
+        rewritten: what :func:`rewrite` returned; its graph is handed over.
+        inputs: the captured graph's inputs, which are the caller's.
+        plan: chooses the lowering.
+        source: ``dynamo`` or ``export``.
+    """
+    graph = rewritten.graph
+    manifest = Manifest(
+        plan.to_toml(), graph_hash(graph), versions(), source, reports=rewritten.reports, notes=rewritten.structure.notes
+    )
+    kept = _drop_unread(graph, len(inputs))
+    segment = lower_eager(graph) if plan.lower == "eager" else lower_inductor(graph, plan)
+    return Artifact(
+        (segment,),
+        rewritten.state,
+        manifest,
+        prepare=rewritten.prepare,
+        prepare_inputs=rewritten.prepare_inputs,
+        kept_inputs=kept,
+        owner=next((i for i, fact in enumerate(inputs) if fact.kind == "parameter"), None),
+        data_inputs=tuple(i for i, fact in enumerate(inputs) if fact.kind == "data"),
+        timestep=_timestep(rewritten, inputs),
+        watch_weights=plan.weights == "watch",
+        fp32_matmul=plan.fp32_matmul,
+    )
+
+
+def _drop_unread(graph: fx.GraphModule, count: int) -> tuple[int, ...]:
+    """Removes placeholders of the caller's that nothing reads, such as weights that are read packed."""
+    kept = []
+    for position, node in enumerate(graph.graph.find_nodes(op="placeholder")[:count]):
+        if node.users:
+            kept.append(position)
+        else:
+            graph.graph.erase_node(node)
+    graph.recompile()
+    return tuple(kept)
+
+
+def _timestep(rewritten: Rewritten, inputs: Sequence[GraphInput]) -> int | None:
+    found = rewritten.structure.timestep
+    if found is None:
+        return None
+    return next((i for i, fact in enumerate(inputs) if fact.kind == "data" and fact.name == found.name), None)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what compiles."""
+    from importlib.metadata import version
+
+    return {"ditc": version("ditc"), "torch": torch.__version__}
+
+

@@ -1,0 +1,80 @@
+"""What a pass is: a frozen dataclass that rewrites a graph in place and says what it did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import fx
+
+from ditc.runtime.artifact import StateEntry
+
+from .plan import Plan
+from .structure import Structure
+
+PACK = "ditc_pack"
+"""Key in a node's ``meta``: the node depends on weights alone and is to be computed once per set of weights."""
+
+
+@dataclass(frozen=True)
+class Skip:
+    """Something that a pass could have rewritten and did not, and why."""
+
+    node: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class PassReport:
+    """What one pass did.
+
+    ``candidates`` counts what the pass looked at because the plan asked for it; when there were candidates and
+    nothing was rewritten, the runner makes that an error if the pass is ``requested``.
+    """
+
+    name: str
+    rewrites: int
+    skipped: tuple[Skip, ...] = ()
+    requested: bool = False
+    details: tuple[str, ...] = ()
+    milliseconds: float = 0.0
+    operators_before: int = 0
+    operators_after: int = 0
+
+
+@dataclass
+class PassContext:
+    """What a pass may know besides the graph, and where it declares state."""
+
+    plan: Plan
+    device: torch.device
+    structure: Structure | None = None
+    state: list[StateEntry] = field(default_factory=list)
+
+    def declare_state(self, entry: StateEntry) -> None:
+        """Announces a tensor that the session carries from step to step.
+
+        The pass adds one placeholder of kind ``state`` and one output for it, in the order of declaration.
+        """
+        self.state.append(entry)
+
+
+@runtime_checkable
+class Pass(Protocol):
+    """A rewrite. Options are the fields of the dataclass; calling it rewrites ``graph`` in place.
+
+    A pass neither recompiles nor lints nor propagates shapes: the runner does that, and verifies the result.
+    New nodes that replace a node take over its ``meta`` (``pipeline.replace`` does it).
+    """
+
+    name: ClassVar[str]
+
+    def __call__(self, graph: fx.GraphModule, ctx: PassContext) -> PassReport:
+        """Rewrites ``graph`` and reports."""
+        ...
+
+
+def count_operators(graph: fx.GraphModule) -> int:
+    """The number of operator calls in a graph, views and tuple accesses included."""
+    return sum(1 for node in graph.graph.nodes if node.op == "call_function")

@@ -1,0 +1,1 @@
+"""From a rewritten graph to something that runs."""

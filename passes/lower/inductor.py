@@ -1,0 +1,58 @@
+"""Lowering through inductor, with CUDA graphs kept possible."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.decomposition import select_decomp_table
+
+from ditc.kernels import int8
+
+from ..plan import Plan
+from ..rewrite import device_of, input_of
+
+
+def mode_options(mode: str) -> dict[str, Any]:
+    """Inductor's settings for one of ``torch.compile``'s modes."""
+    return dict(torch._inductor.list_mode_options(mode)) if mode != "default" else {}
+
+
+def lower_inductor(graph: fx.GraphModule, plan: Plan) -> Callable[..., Sequence[Any]]:
+    """Compiles a rewritten graph.
+
+    ditc's ops are decomposed into ATen on the way, so that inductor fuses what surrounds an integer GEMM into it.
+
+    Args:
+        graph: in normal form, with fake values on its placeholders. It is handed over: inductor may change it.
+        plan: gives the mode; its text is part of inductor's cache key.
+    """
+    placeholders = graph.graph.find_nodes(op="placeholder")
+    examples = [node.meta["val"] for node in placeholders]
+    _mark_static(graph, placeholders)
+    table = {**select_decomp_table(), **int8.lowerings(device_of(graph))}
+    with torch.compiler.config.patch(cache_key_tag=f"ditc-{plan.key()}"):
+        compiled: Callable[..., Sequence[Any]] = compile_fx(
+            graph, examples, config_patches=mode_options(plan.mode), decompositions=table
+        )
+    return compiled
+
+
+def _mark_static(graph: fx.GraphModule, placeholders: Sequence[fx.Node]) -> None:
+    """Tells inductor which inputs keep their address, so that CUDA graphs do not copy weights at every replay.
+
+    AOTAutograd takes this from three marks that Dynamo leaves on its own graphs and that a rewritten graph has lost.
+    """
+    context = torch._guards.CompileContext.try_get()
+    if context is None or context.compile_id is None:
+        return
+    graph.meta["dynamo_compile_id"] = context.compile_id
+    graph._param_name_to_source = {}  # type: ignore[assignment]
+    for node in placeholders:
+        if not hasattr(node, "_dynamo_source"):
+            node._dynamo_source = None  # type: ignore[attr-defined]
+        if input_of(node).is_weight:
+            node.meta["tensor_dict"] = {**node.meta.get("tensor_dict", {}), "_dynamo_static_input_type": "unguarded"}

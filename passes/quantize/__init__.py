@@ -1,0 +1,1 @@
+"""Rewrites that compute in fewer bits, with ranges found while the graph runs."""

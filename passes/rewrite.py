@@ -1,0 +1,60 @@
+"""The few moves that rewrites are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+from .capture import INPUT, GraphInput
+
+aten = torch.ops.aten
+
+
+def calls(graph: fx.GraphModule, target: Any) -> list[fx.Node]:
+    """All calls of one operator overload, in order."""
+    return graph.graph.find_nodes(op="call_function", target=target)
+
+
+def new_call(
+    graph: fx.GraphModule, like: fx.Node, target: Callable[..., Any], args: tuple[Any, ...], **kwargs: Any
+) -> fx.Node:
+    """A call in front of the current insertion point that takes over where ``like`` came from, but not its value."""
+    node = graph.graph.call_function(target, args, kwargs)
+    node.meta = {key: value for key, value in like.meta.items() if key != "val"}
+    return node
+
+
+def is_weight(node: Any) -> bool:
+    """Whether a node is a parameter, a buffer or a packed weight."""
+    return isinstance(node, fx.Node) and node.op == "placeholder" and node.meta[INPUT].is_weight
+
+
+def input_of(node: fx.Node) -> GraphInput:
+    """What a placeholder stands for."""
+    fact = node.meta[INPUT]
+    assert isinstance(fact, GraphInput)
+    return fact
+
+
+def submodules(graph: fx.GraphModule) -> Iterator[fx.GraphModule]:
+    """The graph and, inside out of its branches (``cond`` and the like), every graph that it calls."""
+    yield graph
+    for node in graph.graph.find_nodes(op="get_attr"):
+        inner = getattr(graph, str(node.target), None)
+        if isinstance(inner, fx.GraphModule):
+            yield from submodules(inner)
+
+
+def device_of(graph: fx.GraphModule) -> torch.device:
+    """The device that the graph computes on: that of its first tensor input of data, or of its first weight."""
+    fallback = None
+    for node in graph.graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor):
+            if input_of(node).kind == "data":
+                return value.device
+            fallback = fallback or value.device
+    return fallback or torch.device("cpu")

@@ -1,0 +1,1 @@
+"""What runs a compiled program: its artifact, sessions, samplers, generation and quality."""

@@ -1,0 +1,121 @@
+"""Artifact: a compiled program, the state it carries between steps, and where it came from.
+
+This is the contract between the compiler, which writes artifacts, and the runtime, which runs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from .program import Program
+
+Segment = Callable[..., Sequence[Any]]
+"""A compiled piece of a graph: positional inputs to a flat sequence of outputs."""
+
+
+@dataclass(frozen=True)
+class StateEntry:
+    """One tensor that a program carries from step to step.
+
+    It starts as zeros, so a ``bool`` entry starts false: programs mark what they have stored with one of those, and
+    compute where there is nothing to reuse.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of one copy of this tensor."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """The state of one guidance branch of one trajectory, in the order in which the program takes and returns it."""
+
+    entries: tuple[StateEntry, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = [entry.name for entry in self.entries]
+        if len(set(names)) != len(names):
+            raise ValueError(f"state entries need different names, got {names}")
+
+    def initial(self, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """The state before the first step."""
+        return tuple(torch.zeros(entry.shape, dtype=entry.dtype, device=device) for entry in self.entries)
+
+    def check(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Refuses a state that is not of this layout.
+
+        Raises:
+            ValueError: another number, shape or dtype of tensors.
+        """
+        found = [(tuple(t.shape), t.dtype) for t in tensors]
+        wanted = [(entry.shape, entry.dtype) for entry in self.entries]
+        if found != wanted:
+            raise ValueError(f"the state has the layout {found}, this program needs {wanted}")
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the state of one branch."""
+        return sum(entry.bytes for entry in self.entries)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Where a program came from: the plan's TOML, the versions of what compiled it, a hash of the rewritten graph.
+
+    ``untouched`` says why the graph runs as it was captured; ``reports`` is what each pass did.
+    """
+
+    plan: str
+    graph_hash: str
+    versions: Mapping[str, str]
+    source: str
+    untouched: str | None = None
+    reports: tuple[Any, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A program: one prologue that packs weights, segments that run at every call, and the layout of its state.
+
+    Attributes:
+        segments: run one after the other; the first takes ``[kept inputs, packed weights, state]``, each next one what
+            the one before returned; the last returns ``[outputs, new state]``.
+        prepare: packs weights; takes the inputs at ``prepare_inputs``. ``None`` where nothing is packed.
+        prepare_inputs: positions among the caller's inputs of the weights that ``prepare`` reads.
+        kept_inputs: positions among the caller's inputs of what the first segment still reads.
+        owner: position of one weight of the module, by which its statistics are found; ``None`` if it has none.
+        data_inputs: positions of the tensors that come with each call; their shapes are part of a state's key.
+        timestep: position of the timestep input, or ``None`` where the analysis found none.
+        watch_weights: whether edits of the weights are looked for at every call.
+        fp32_matmul: who multiplies fp32 matrices while the program runs (``default`` or ``onednn``).
+    """
+
+    segments: tuple[Segment, ...]
+    state: StateSpec
+    manifest: Manifest
+    prepare: Segment | None = None
+    prepare_inputs: tuple[int, ...] = ()
+    kept_inputs: tuple[int, ...] | None = None
+    owner: int | None = None
+    data_inputs: tuple[int, ...] = ()
+    timestep: int | None = None
+    watch_weights: bool = True
+    fp32_matmul: str = "default"
+    weight_names: tuple[str, ...] = field(default=())
+
+    def load(self) -> Program:
+        """The callable of this artifact, with weights and state kept apart per module and per trajectory."""
+        from .program import Program
+
+        return Program(self)
