@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from .op import INT8_MAX, MAX_K, SMALLEST_SCALE, check_int8_linear
+from .op import MAX_K, check_int8_linear, quantize_rows
 
 _CUDA_MIN_ROWS = 17
 _CUDA_MULTIPLE = 8
@@ -35,15 +35,6 @@ def supported(device: torch.device | str, K: int, N: int) -> str | None:
     if kind == "cuda" and (K % _CUDA_MULTIPLE or N % _CUDA_MULTIPLE):
         return f"the CUDA integer GEMM needs K and N divisible by {_CUDA_MULTIPLE}, got K = {K}, N = {N}"
     return None
-
-
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Traceable ``ditc::quantize_int8``; see :func:`ditc.kernels.int8.quantize_int8_reference`."""
-    values = x.to(torch.float32)
-    amax = values.abs().amax(dim=-1, keepdim=True)
-    scale = (amax / INT8_MAX).clamp(min=SMALLEST_SCALE)
-    inverse = (1.0 / scale).clamp(min=SMALLEST_SCALE)
-    return (values * inverse).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8), scale
 
 
 def quantize_weight(w: Tensor) -> tuple[Tensor, Tensor]:

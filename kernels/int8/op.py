@@ -4,9 +4,8 @@ The recipe is symmetric and keeps -127..127: ``scale = amax / 127``, ``q = round
 One scale belongs to a token (a row of the input) or to an output channel (a row of the weight), so a linear layer is
 ``y[m, n] = (sum_k q[m, k] * w[n, k]) * (scale[m] * weight_scale[n]) + bias[n]`` with an exact integer sum.
 
-What is no number stays visible. A row that holds NaN has a NaN scale, a row that holds an infinity an infinite one,
-and both turn the whole row of the output into NaN or infinities, as float arithmetic would; the integers of a row
-whose scale is NaN are unspecified.
+What is no number stays visible: a row that holds NaN or an infinity has a NaN scale, so its whole row of the output
+(or, in a weight, its whole column) is NaN; the integers of such a row are unspecified.
 """
 
 from __future__ import annotations
@@ -28,17 +27,20 @@ exact, what remains is the order in which three factors are multiplied."""
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The recipe for each row of the last dimension: int8 like ``x``, float32 scales ``[..., 1]``."""
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The recipe for each row of the last dimension of a float ``x``: int8 like ``x``, float32 scales ``[..., 1]``.
+
+    Plain traceable torch, in the form that inductor fuses into one loop over rows with the values kept in cache.
+    """
     values = x.to(torch.float32)
     if x.shape[-1] == 0:
         return torch.empty_like(values, dtype=torch.int8), values.new_full((*x.shape[:-1], 1), SMALLEST_SCALE)
     amax = values.abs().amax(dim=-1, keepdim=True)
     scale = (amax / INT8_MAX).clamp(min=SMALLEST_SCALE)
-    # an infinite scale has the reciprocal 0, and 0 * inf would be NaN: the infinity must become +-127
-    inverse = (1.0 / scale).clamp(min=SMALLEST_SCALE)
-    q = (values * inverse).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8)
-    return q, scale
+    # |x| * (1 / scale) exceeds 127 by rounding only, so nothing needs clamping but what is no number anyway
+    q = (values * (1.0 / scale)).round().to(torch.int8)
+    # inf - inf is NaN: an infinite row gets a NaN scale, a finite one adds zero
+    return q, scale + (amax - amax)
 
 
 def quantize_int8_reference(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,7 +59,7 @@ def quantize_int8_reference(x: Tensor) -> tuple[Tensor, Tensor]:
     _check_float(x, "x")
     if x.dim() == 0:
         raise ValueError("quantize_int8 needs at least one dimension, got a scalar")
-    q, scale = _quantize_rows(x)
+    q, scale = quantize_rows(x)
     return q.contiguous(), scale.contiguous()
 
 
@@ -78,7 +80,7 @@ def quantize_int8_weight_reference(w: Tensor) -> tuple[Tensor, Tensor]:
     _check_float(w, "w")
     if w.dim() != 2:
         raise ValueError(f"a linear layer's weight has 2 dimensions [N, K], got shape {tuple(w.shape)}")
-    q, scale = _quantize_rows(w)
+    q, scale = quantize_rows(w)
     return q.contiguous(), scale.squeeze(-1).contiguous()
 
 
