@@ -10,14 +10,16 @@ import torch
 from torch import fx
 from torch._inductor.compile_fx import compile_fx
 
+from ditc.kernels.matmul import fp32_matmul_reason
 from ditc.runtime.artifact import Artifact, Manifest, StateSpec
 
 from .capture import Capture, GraphInput, capture_dynamo, graph_inputs
-from .errors import CaptureError
+from .errors import CaptureError, PlanError
 from .lower.eager import lower_eager
 from .lower.inductor import lower_inductor, mode_options
 from .pipeline import Rewritten, rewrite
 from .plan import Plan
+from .rewrite import input_of
 from .verify import graph_hash
 
 
@@ -45,6 +47,7 @@ def ditc(
         PassError: a pass failed, or found candidates and could rewrite none.
     """
     plan = Plan.from_options(options, mode)
+    check_plan(plan)
     reason = reason_to_pass_through(gm, example_inputs)
     if reason is None:
         try:
@@ -53,9 +56,25 @@ def ditc(
             reason = str(error)
         else:
             reason = capture.unsupported
+    if reason is None:
+        inputs = graph_inputs(capture.graph)
+        rewritten = rewrite(capture, plan)
+        reason = nothing_found(rewritten)
     if reason is not None:
         return pass_through(gm, example_inputs, plan, reason).load()
-    return build(capture, plan).load()
+    return assemble(rewritten, inputs, plan, capture.source).load()
+
+
+def check_plan(plan: Plan) -> None:
+    """Refuses a plan that this machine cannot carry out as written.
+
+    Raises:
+        PlanError: says what is missing and what would be right.
+    """
+    if plan.fp32_matmul == "onednn":
+        reason = fp32_matmul_reason()
+        if reason is not None:
+            raise PlanError(f"fp32_matmul='onednn' is not possible here: {reason}; use fp32_matmul='default'")
 
 
 def reason_to_pass_through(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> str | None:
@@ -87,11 +106,17 @@ def pass_through(gm: fx.GraphModule, example_inputs: Sequence[Any], plan: Plan, 
     return Artifact((run,), StateSpec(), manifest, owner=owner)
 
 
-def build(capture: Capture, plan: Plan) -> Artifact:
-    """Rewrites a captured graph according to ``plan`` and lowers it."""
-    inputs = graph_inputs(capture.graph)
-    rewritten = rewrite(capture, plan)
-    return assemble(rewritten, inputs, plan, capture.source)
+def nothing_found(rewritten: Rewritten) -> str | None:
+    """Why a rewritten graph holds nothing of what the plan asked for; ``None`` when it does, or nothing was asked.
+
+    A graph may be a fragment between graph breaks or no transformer at all, so this is a reason and no error: where
+    there was something to rewrite and none of it could be, the runner has raised already.
+    """
+    for report in rewritten.reports:
+        if report.requested and not report.rewrites:
+            why = "; ".join(rewritten.structure.notes) or "the structure analysis found none"
+            return f"{report.name} was asked for, but there is no linear on a token path inside a block: {why}"
+    return None
 
 
 def assemble(rewritten: Rewritten, inputs: Sequence[GraphInput], plan: Plan, source: str) -> Artifact:
@@ -103,22 +128,24 @@ def assemble(rewritten: Rewritten, inputs: Sequence[GraphInput], plan: Plan, sou
         plan: chooses the lowering.
         source: ``dynamo`` or ``export``.
     """
-    graph = rewritten.graph
+    graph, prologue = rewritten.graph, rewritten.prologue
     manifest = Manifest(
         plan.to_toml(), graph_hash(graph), versions(), source, reports=rewritten.reports, notes=rewritten.structure.notes
     )
+    timestep = _timestep(rewritten)
     kept = _drop_unread(graph, len(inputs))
     segment = lower_eager(graph) if plan.lower == "eager" else lower_inductor(graph, plan)
     return Artifact(
         (segment,),
         rewritten.state,
         manifest,
-        prepare=rewritten.prepare,
-        prepare_inputs=rewritten.prepare_inputs,
+        prepare=prologue.graph if prologue else None,
+        prepare_inputs=prologue.inputs if prologue else (),
+        quantized=prologue.quantized if prologue else (),
         kept_inputs=kept,
         owner=next((i for i, fact in enumerate(inputs) if fact.kind == "parameter"), None),
         data_inputs=tuple(i for i, fact in enumerate(inputs) if fact.kind == "data"),
-        timestep=_timestep(rewritten, inputs),
+        timestep=timestep,
         watch_weights=plan.weights == "watch",
         fp32_matmul=plan.fp32_matmul,
     )
@@ -128,7 +155,8 @@ def _drop_unread(graph: fx.GraphModule, count: int) -> tuple[int, ...]:
     """Removes placeholders of the caller's that nothing reads, such as weights that are read packed."""
     kept = []
     for position, node in enumerate(graph.graph.find_nodes(op="placeholder")[:count]):
-        if node.users:
+        # symbols of symbolic shapes are bound by integers that may have no other reader
+        if node.users or input_of(node).kind == "size":
             kept.append(position)
         else:
             graph.graph.erase_node(node)
@@ -136,11 +164,10 @@ def _drop_unread(graph: fx.GraphModule, count: int) -> tuple[int, ...]:
     return tuple(kept)
 
 
-def _timestep(rewritten: Rewritten, inputs: Sequence[GraphInput]) -> int | None:
+def _timestep(rewritten: Rewritten) -> int | None:
     found = rewritten.structure.timestep
-    if found is None:
-        return None
-    return next((i for i, fact in enumerate(inputs) if fact.kind == "data" and fact.name == found.name), None)
+    names = [node.name for node in rewritten.graph.graph.find_nodes(op="placeholder")]
+    return names.index(found.node) if found is not None and found.node in names else None
 
 
 def versions() -> dict[str, str]:

@@ -16,6 +16,9 @@ from .structure import Structure
 PACK = "ditc_pack"
 """Key in a node's ``meta``: the node depends on weights alone and is to be computed once per set of weights."""
 
+PACKED_FROM = "ditc_packed_from"
+"""Key in the ``meta`` of a quantised weight's scale: the name of that weight."""
+
 
 @dataclass(frozen=True)
 class Skip:

@@ -20,6 +20,8 @@ from torch.utils import _pytree as pytree
 
 from .errors import CaptureError
 
+aten = torch.ops.aten
+
 INPUT = "ditc_input"
 """Key in a placeholder's ``meta`` of its :class:`GraphInput`."""
 
@@ -109,9 +111,8 @@ def capture_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Capture
         raise CaptureError(f"tracing changed the number of inputs from {len(placeholders)} to {len(new_placeholders)}")
     for old, new, fact in zip(placeholders, new_placeholders, inputs, strict=True):
         new.meta[INPUT] = fact
-        for key in ("tensor_dict",):
-            if key in old.meta:
-                new.meta[key] = old.meta[key]
+        if "tensor_dict" in old.meta:
+            new.meta["tensor_dict"] = old.meta["tensor_dict"]
         if hasattr(old, "_dynamo_source"):
             new._dynamo_source = old._dynamo_source
     return _finish(graph, tuple(example_inputs), "dynamo", mutates)
@@ -228,9 +229,22 @@ def _compare(
 
 def _finish(graph: fx.GraphModule, examples: tuple[Any, ...], source: Any, mutates: bool) -> Capture:
     unsupported = "the graph writes to one of its inputs" if mutates else None
+    if any(map(_draws_random_numbers, graph.graph.nodes)):
+        unsupported = "the graph draws random numbers: call model.eval() first if this is dropout"
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return Capture(graph, examples, source, unsupported)
+
+
+def _draws_random_numbers(node: fx.Node) -> bool:
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    if node.target in (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default):
+        return bool(node.args[2] and node.args[1] != 0.0)
+    # attention is tagged for its dropout, which is its fifth argument
+    if node.target is aten.scaled_dot_product_attention.default:
+        return bool(node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0))
+    return torch.Tag.nondeterministic_seeded in node.target.tags
 
 
 def fake_mode_of(graph: fx.GraphModule) -> FakeTensorMode:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from ditc.kernels.errors import DitcError, WeightError
 
-class DitcError(Exception):
-    """Base of every error that ditc raises on purpose."""
+__all__ = ["CaptureError", "DitcError", "PassError", "PlanError", "VerifyError", "WeightError"]
 
 
 class PlanError(DitcError, ValueError):

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import fx
 
 from .base import PACK, PassContext, PassReport, Skip
-from .rewrite import aten, calls, is_weight, new_call
-from .structure import Role, facts_of
+from .rewrite import aten, calls, facts_of, is_weight, new_call
+from .structure import FACTS, Role
 
-FUSED = frozenset(
-    {Role.ATTENTION_QUERY, Role.ATTENTION_KEY, Role.ATTENTION_VALUE, Role.MLP_UP, Role.MLP_GATE}
-)
+FUSED = frozenset({Role.QUERY, Role.KEY, Role.VALUE, Role.MLP_UP, Role.MLP_GATE})
 """Roles that gain from sharing a GEMM: several narrow products of one activation inside a block."""
 
 
@@ -65,10 +64,8 @@ def _fuse(graph: fx.GraphModule, group: list[fx.Node]) -> None:
                 cat.meta[PACK] = True
                 packed.append(cat)
         linear = new_call(graph, first, aten.linear.default, (first.args[0], *packed))
-        linear.meta[facts_of.KEY] = facts_of(first)
+        linear.meta[FACTS] = facts_of(first)
         split = new_call(graph, first, aten.split_with_sizes.default, (linear, widths, -1))
-    import operator
-
     after = split
     for index, node in enumerate(group):
         with graph.graph.inserting_after(after):

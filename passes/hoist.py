@@ -7,9 +7,25 @@ from typing import ClassVar
 
 from torch import fx
 
-from .base import PACK, PassContext, PassReport
+from .base import PACK, PACKED_FROM, PassContext, PassReport
 from .capture import INPUT, GraphInput
 from .rewrite import is_weight
+
+
+@dataclass(frozen=True)
+class Prologue:
+    """The graph that packs weights.
+
+    Attributes:
+        graph: takes weights, returns packed tensors.
+        inputs: positions of those weights among the captured graph's inputs.
+        quantized: for each packed tensor that is a quantised weight's scale, its position and the weight's name. A
+            scale that is not finite means a weight that holds NaN or infinity.
+    """
+
+    graph: fx.GraphModule
+    inputs: tuple[int, ...]
+    quantized: tuple[tuple[int, str], ...]
 
 
 @dataclass(frozen=True)
@@ -17,7 +33,7 @@ class HoistWeights:
     """Rewrite rule: the results of nodes that passes marked with ``PACK`` become placeholders of kind ``packed``,
     and the marked nodes move to a prologue graph that takes weights and returns those results in order.
 
-    The prologue is left in ``graph.meta[HoistWeights.PROLOGUE]`` with the positions of the inputs that it takes.
+    The prologue is left in ``graph.meta[HoistWeights.PROLOGUE]``.
     Only marked nodes move: what the model itself computes from weights stays, because its cost is the model's.
     """
 
@@ -41,7 +57,8 @@ class HoistWeights:
             last = placeholder
         for node in reversed(marked):
             graph.graph.erase_node(node)
-        graph.meta[self.PROLOGUE] = (prologue, positions)
+        scales = tuple((i, node.meta[PACKED_FROM]) for i, node in enumerate(results) if PACKED_FROM in node.meta)
+        graph.meta[self.PROLOGUE] = Prologue(prologue, positions, scales)
         return PassReport(self.name, len(results), details=(f"{len(results)} packed tensors per set of weights",))
 
 
@@ -62,7 +79,7 @@ def _prologue(
 
 
 def _name(node: fx.Node) -> str:
-    source = node.meta.get("ditc_source")
+    source = node.meta.get(PACKED_FROM)
     return f"{source}:{node.name}" if source else node.name
 
 

@@ -25,7 +25,7 @@ from .canonicalize import Canonicalize
 from .capture import Capture
 from .errors import DitcError, PassError
 from .fuse import FuseLinears
-from .hoist import HoistWeights
+from .hoist import HoistWeights, Prologue
 from .plan import Plan
 from .quantize.int8 import QuantizeInt8
 from .rewrite import device_of, submodules
@@ -50,8 +50,7 @@ class Rewritten:
     structure: Structure
     reports: tuple[PassReport, ...]
     state: StateSpec
-    prepare: fx.GraphModule | None
-    prepare_inputs: tuple[int, ...]
+    prologue: Prologue | None
 
 
 def rewrite(capture: Capture, plan: Plan, passes: tuple[Pass, ...] | None = None) -> Rewritten:
@@ -77,9 +76,8 @@ def rewrite(capture: Capture, plan: Plan, passes: tuple[Pass, ...] | None = None
             reports.append(PassReport(item.name, 0, skipped=(skip,)))
             continue
         reports.append(_run(item, graph, ctx, outputs, number))
-    prepare = graph.meta.pop(HoistWeights.PROLOGUE, None)
-    prologue, positions = prepare if prepare is not None else (None, ())
-    return Rewritten(graph, ctx.structure, tuple(reports), StateSpec(tuple(ctx.state)), prologue, positions)
+    prologue = graph.meta.pop(HoistWeights.PROLOGUE, None)
+    return Rewritten(graph, ctx.structure, tuple(reports), StateSpec(tuple(ctx.state)), prologue)
 
 
 def _run(item: Pass, graph: fx.GraphModule, ctx: PassContext, outputs: list[str], number: int) -> PassReport:

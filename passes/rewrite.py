@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from .capture import INPUT, GraphInput
+from .structure import FACTS, NodeFacts
 
 aten = torch.ops.aten
 
@@ -37,6 +38,12 @@ def input_of(node: fx.Node) -> GraphInput:
     fact = node.meta[INPUT]
     assert isinstance(fact, GraphInput)
     return fact
+
+
+def facts_of(node: fx.Node) -> NodeFacts | None:
+    """What the structure analysis found about a node; nodes that passes made carry what their origin had."""
+    facts: NodeFacts | None = node.meta.get(FACTS)
+    return facts
 
 
 def submodules(graph: fx.GraphModule) -> Iterator[fx.GraphModule]:

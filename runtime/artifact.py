@@ -6,7 +6,7 @@ This is the contract between the compiler, which writes artifacts, and the runti
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -93,6 +93,7 @@ class Artifact:
             the one before returned; the last returns ``[outputs, new state]``.
         prepare: packs weights; takes the inputs at ``prepare_inputs``. ``None`` where nothing is packed.
         prepare_inputs: positions among the caller's inputs of the weights that ``prepare`` reads.
+        quantized: position among the packed tensors, and name of the weight, of each quantised weight's scale.
         kept_inputs: positions among the caller's inputs of what the first segment still reads.
         owner: position of one weight of the module, by which its statistics are found; ``None`` if it has none.
         data_inputs: positions of the tensors that come with each call; their shapes are part of a state's key.
@@ -106,13 +107,13 @@ class Artifact:
     manifest: Manifest
     prepare: Segment | None = None
     prepare_inputs: tuple[int, ...] = ()
+    quantized: tuple[tuple[int, str], ...] = ()
     kept_inputs: tuple[int, ...] | None = None
     owner: int | None = None
     data_inputs: tuple[int, ...] = ()
     timestep: int | None = None
     watch_weights: bool = True
     fp32_matmul: str = "default"
-    weight_names: tuple[str, ...] = field(default=())
 
     def load(self) -> Program:
         """The callable of this artifact, with weights and state kept apart per module and per trajectory."""

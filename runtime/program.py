@@ -13,7 +13,7 @@ import torch
 from ditc.kernels.matmul import fp32_matmul
 
 from .artifact import Artifact
-from .session import Slot, find_slot
+from .session import Slot, find_slot, listen_to_diffusers
 from .weights import WeightCache
 
 _programs: weakref.WeakSet[Program] = weakref.WeakSet()
@@ -39,11 +39,12 @@ class Program:
         self._owners: dict[int, list[Any]] = {}
         self._lock = threading.Lock()
         prepare = artifact.prepare
-        self.weights = WeightCache(prepare, artifact.watch_weights) if prepare is not None else None
+        self.weights = WeightCache(prepare, artifact.watch_weights, artifact.quantized) if prepare is not None else None
         self._matmul: Callable[[], AbstractContextManager[object]] = (
             nullcontext if artifact.fp32_matmul == "default" else fp32_matmul
         )
         _programs.add(self)
+        listen_to_diffusers()
 
     def __call__(self, *inputs: Any) -> Any:
         """Takes the inputs of the captured graph and returns its outputs."""

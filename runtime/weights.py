@@ -18,6 +18,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ditc.kernels.errors import WeightError
+
 SAMPLES = 64
 """Elements of each weight that are compared at every call."""
 
@@ -101,14 +103,23 @@ def _gather(samples: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 class WeightCache:
     """Packed weights per set of weights; thread-safe."""
 
-    def __init__(self, prepare: Callable[..., Sequence[torch.Tensor]], watch: bool) -> None:
-        self._prepare, self._watch = prepare, watch
+    def __init__(
+        self,
+        prepare: Callable[..., Sequence[torch.Tensor]],
+        watch: bool,
+        quantized: Sequence[tuple[int, str]] = (),
+    ) -> None:
+        self._prepare, self._watch, self._quantized = prepare, watch, quantized
         self._entries: dict[tuple[int, ...], PackedWeights] = {}
         self._lock = threading.Lock()
         self.packs = 0
 
     def get(self, weights: Sequence[torch.Tensor], thorough: bool) -> tuple[torch.Tensor, ...]:
-        """What is packed from ``weights``, packed now if they are new or changed."""
+        """What is packed from ``weights``, packed now if they are new or changed.
+
+        Raises:
+            WeightError: a weight that is to be quantised holds NaN or infinity.
+        """
         key = tuple(map(id, weights))
         entry = self._entries.get(key)
         if entry is not None and self._fits(entry, weights, thorough):
@@ -120,9 +131,18 @@ class WeightCache:
             self._entries = {k: e for k, e in self._entries.items() if k != key and e.alive()}
             with torch.no_grad():
                 packed = tuple(self._prepare(*weights))
+            self._refuse_unhealthy(packed)
             self.packs += 1
             self._entries[key] = PackedWeights.of(weights, packed)
             return packed
+
+    def _refuse_unhealthy(self, packed: Sequence[torch.Tensor]) -> None:
+        for position, name in self._quantized:
+            if not torch.isfinite(packed[position]).all():
+                raise WeightError(
+                    f"{name} holds NaN or infinity and cannot be quantised: mend the checkpoint, or run it as it is "
+                    "with quantize='none'"
+                )
 
     def _fits(self, entry: PackedWeights, weights: Sequence[torch.Tensor], thorough: bool) -> bool:
         if not self._watch:

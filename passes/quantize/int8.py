@@ -11,23 +11,14 @@ from torch import fx
 
 from ditc.kernels import int8
 
-from ..base import PACK, PassContext, PassReport, Skip
-from ..rewrite import aten, calls, input_of, is_weight, new_call
-from ..structure import Role, facts_of
+from ..base import PACK, PACKED_FROM, PassContext, PassReport, Skip
+from ..rewrite import aten, calls, facts_of, input_of, is_weight, new_call
+from ..structure import Role
 
 QUANTIZED = frozenset(
     {
-        Role.ATTENTION_QUERY,
-        Role.ATTENTION_KEY,
-        Role.ATTENTION_VALUE,
-        Role.ATTENTION_QKV,
-        Role.ATTENTION_OUT,
-        Role.ATTENTION_QKV_MLP,
-        Role.ATTENTION_OUT_MLP,
-        Role.MLP_UP,
-        Role.MLP_GATE,
-        Role.MLP_GATE_UP,
-        Role.MLP_DOWN,
+        *(Role.QUERY, Role.KEY, Role.VALUE, Role.QKV, Role.QKV_MLP, Role.GATE, Role.OUT, Role.OUT_MLP),
+        *(Role.MLP_UP, Role.MLP_GATE, Role.MLP_GATE_UP, Role.MLP_DOWN),
         Role.TOKEN,
     }
 )
@@ -102,7 +93,7 @@ def _quantize(graph: fx.GraphModule, node: fx.Node, shared: dict[fx.Node, tuple[
         weight_q, weight_scale = _unpack(graph, packed)
         for part in (packed, weight_q, weight_scale):
             part.meta[PACK] = True
-            part.meta["ditc_source"] = _source(weight)
+        weight_scale.meta[PACKED_FROM] = _names(weight)
         dtype = node.meta["val"].dtype
         args = (*shared[x], weight_q, weight_scale, bias, dtype)
         linear = new_call(graph, node, ops.int8_linear.default, args)
@@ -117,5 +108,7 @@ def _unpack(graph: fx.GraphModule, pair: fx.Node) -> tuple[fx.Node, fx.Node]:
     return first, second
 
 
-def _source(weight: fx.Node) -> str:
-    return input_of(weight).name if weight.op == "placeholder" else weight.name
+def _names(weight: fx.Node) -> str:
+    """The names of the weights behind a weight or a concatenation of weights."""
+    parts = [weight] if weight.op == "placeholder" else weight.all_input_nodes
+    return " + ".join(input_of(part).name if part.op == "placeholder" else part.name for part in parts)

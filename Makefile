@@ -1,0 +1,45 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# 2.14 and later are not covered; on a machine without CUDA the range takes what the index offers for it
+TORCH ?= torch>=2.11,<2.14
+# tests run in the Triton interpreter on CPUs; versions in which it is known to work
+TRITON ?= triton>=3.7.1,<3.8
+
+.PHONY: demo test lint types unit gpu bench clean
+
+$(BIN)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable ".[test]" "$(TRITON)"
+	touch $@
+
+demo: $(BIN)/.ready
+	$(BIN)/ditc demo
+
+test: lint types unit
+
+lint: $(BIN)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: $(BIN)/.ready
+	$(BIN)/mypy
+
+unit: $(BIN)/.ready
+	$(BIN)/python -m pytest
+
+bench: $(BIN)/.ready
+	$(BIN)/python -m pip install --quiet --editable ".[bench]"
+	$(BIN)/python -m benchmarks
+
+# with whatever torch and triton the machine's own python has: nothing is installed but ditc itself, by its path
+gpu:
+	PYTHONPATH=src $(PYTHON) -m pytest -m gpu
+	PYTHONPATH=src $(PYTHON) -m benchmarks
+
+clean:
+	rm -rf $(VENV) out build dist .mypy_cache .ruff_cache .pytest_cache

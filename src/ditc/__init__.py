@@ -1,0 +1,66 @@
+"""ditc: a compiler for diffusion transformers.
+
+``torch.compile(model, backend="ditc", options={"quantize": "int8"})`` needs no import of this package; what it offers
+beside that is here: :func:`compile`, :func:`explain`, :func:`stats`, :class:`Plan`, :func:`session`, :func:`branch`.
+Names are imported when they are first used, so that ``import ditc`` is cheap.
+"""
+
+from importlib import import_module
+from importlib.metadata import version as _version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .api import Stats, compile, stats  # noqa: A004 - torch.compile's name is the one a user expects
+    from .explain import Explanation, explain
+    from .passes.errors import CaptureError, DitcError, PassError, PlanError, VerifyError
+    from .passes.plan import Plan
+    from .runtime.session import Session, branch, session
+
+__version__ = _version("ditc")
+
+_HOMES = {
+    "Stats": "api",
+    "compile": "api",
+    "stats": "api",
+    "Explanation": "explain",
+    "explain": "explain",
+    "CaptureError": "passes.errors",
+    "DitcError": "passes.errors",
+    "PassError": "passes.errors",
+    "PlanError": "passes.errors",
+    "VerifyError": "passes.errors",
+    "Plan": "passes.plan",
+    "Session": "runtime.session",
+    "branch": "runtime.session",
+    "session": "runtime.session",
+}
+
+__all__ = [
+    "CaptureError",
+    "DitcError",
+    "Explanation",
+    "PassError",
+    "Plan",
+    "PlanError",
+    "Session",
+    "Stats",
+    "VerifyError",
+    "__version__",
+    "branch",
+    "compile",
+    "explain",
+    "session",
+    "stats",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ditc' has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value  # a submodule may bear the same name (explain): the public object wins from now on
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

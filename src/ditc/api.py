@@ -1,0 +1,127 @@
+"""``ditc.compile`` and ``ditc.stats``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from ditc.passes.backend import check_plan
+from ditc.passes.base import PassReport
+from ditc.passes.plan import Plan
+from ditc.runtime.program import programs_of
+
+from .text import as_text, megabytes
+
+
+def compile(  # noqa: A001 - torch.compile's name is the one a user expects
+    model: torch.nn.Module,
+    plan: Plan | Mapping[str, Any] | None = None,
+    *,
+    fullgraph: bool = False,
+    dynamic: bool | None = None,
+) -> torch.nn.Module:
+    """``torch.compile(model, backend="ditc", options=plan)``, with the plan checked at once.
+
+    Args:
+        model: a diffusion transformer. It is neither changed nor copied; compilation happens at the first call.
+        plan: a :class:`ditc.Plan`, its fields as a mapping, or ``None`` for the default plan.
+        fullgraph, dynamic: as for :func:`torch.compile`.
+
+    Returns:
+        The compiled module, to be called like ``model`` under ``torch.no_grad()`` or ``torch.inference_mode()``.
+
+    Raises:
+        PlanError: the plan is none, or cannot be carried out on this machine.
+        TypeError: ``model`` is no module.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"ditc.compile takes a torch.nn.Module, got {type(model).__name__}")
+    chosen = Plan.from_options(plan)
+    check_plan(chosen)
+    compiled = torch.compile(
+        model, backend="ditc", options=chosen.to_options(), fullgraph=fullgraph, dynamic=dynamic
+    )
+    assert isinstance(compiled, torch.nn.Module)
+    return compiled
+
+
+@dataclass(frozen=True)
+class ProgramStats:
+    """What one compiled graph did for one module.
+
+    ``untouched`` says why the graph runs as captured, or is ``None``; ``packs`` counts how often weights were packed,
+    over all modules that share the graph; ``packed_bytes`` is what that holds now.
+    """
+
+    number: int
+    calls: int
+    untouched: str | None
+    plan: Plan
+    graph_hash: str
+    passes: tuple[PassReport, ...]
+    notes: tuple[str, ...]
+    packs: int
+    packed_bytes: int
+    state_bytes_per_branch: int
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What ran for a compiled module, one entry per compiled graph; ``str()`` of it is a table."""
+
+    programs: tuple[ProgramStats, ...]
+
+    @property
+    def calls(self) -> int:
+        """Calls of compiled graphs."""
+        return sum(program.calls for program in self.programs)
+
+    def __rich__(self) -> Table:
+        table = Table(title="ditc: what ran", title_justify="left")
+        for column in ("graph", "calls", "plan", "rewrites", "packed", "remarks"):
+            table.add_column(column, justify="right" if column in ("graph", "calls", "packed") else "left")
+        for program in self.programs:
+            rewrites = ", ".join(f"{report.name} {report.rewrites}" for report in program.passes if report.rewrites)
+            packed = f"{megabytes(program.packed_bytes)} ({program.packs}×)" if program.packs else "-"
+            remarks = program.untouched or "; ".join(program.notes)
+            row = (str(program.number), str(program.calls), str(program.plan), rewrites or "-", packed, remarks)
+            table.add_row(*row)
+        return table
+
+    def __str__(self) -> str:
+        return as_text(self)
+
+
+def stats(compiled: torch.nn.Module) -> Stats:
+    """What ran for a module that was compiled with ditc (or for the module behind it).
+
+    Graphs that read no weight of the module (fragments between graph breaks) belong to no module and are not listed.
+
+    Raises:
+        TypeError: ``compiled`` is no module.
+    """
+    if not isinstance(compiled, torch.nn.Module):
+        raise TypeError(f"ditc.stats takes a compiled module, got {type(compiled).__name__}")
+    owned = {id(tensor): tensor for tensor in (*compiled.parameters(), *compiled.buffers())}
+    found = []
+    for program in programs_of(compiled):
+        manifest = program.artifact.manifest
+        found.append(
+            ProgramStats(
+                program.number,
+                program.calls_by(owned),
+                manifest.untouched,
+                Plan.from_toml(manifest.plan),
+                manifest.graph_hash,
+                manifest.reports,
+                manifest.notes,
+                program.weights.packs if program.weights else 0,
+                program.weights.bytes() if program.weights else 0,
+                program.artifact.state.bytes,
+            )
+        )
+    return Stats(tuple(found))
