@@ -1,0 +1,43 @@
+"""Structure of a diffusion transformer, found in its graph by data flow, with names as a second witness.
+
+Read in this order: ``facts`` (what is said), ``axes`` and ``rules`` (what each dimension enumerates), ``sites`` and
+``products`` (attentions and linears), ``tokens``, ``timestep``, ``flow`` (what is made from what), ``named``,
+``repeats``, ``blocks`` and ``streams`` (stacks), ``roles`` and ``attention`` (facts about single operations), and
+``table`` (the report).
+"""
+
+from .analysis import analyse
+from .facts import (
+    FACTS,
+    AttentionSite,
+    Block,
+    Embedder,
+    Linear,
+    LongSkip,
+    NodeFacts,
+    Role,
+    Stack,
+    Stream,
+    Structure,
+    SubAxis,
+    TimestepInput,
+    TokenAxis,
+)
+
+__all__ = [
+    "FACTS",
+    "AttentionSite",
+    "Block",
+    "Embedder",
+    "Linear",
+    "LongSkip",
+    "NodeFacts",
+    "Role",
+    "Stack",
+    "Stream",
+    "Structure",
+    "SubAxis",
+    "TimestepInput",
+    "TokenAxis",
+    "analyse",
+]
