@@ -13,10 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .op import MAX_K, check_int8_linear, quantize_rows
 
 _CUDA_MIN_ROWS = 17
+# torch._int_mm on CPU trusts the stride of a single row, which may be anything; padding writes a fresh matrix
+_CPU_MIN_ROWS = 2
 _CUDA_MULTIPLE = 8
 
 
@@ -51,30 +54,39 @@ def linear(
     bias: Tensor | None,
     out_dtype: torch.dtype,
     *,
-    min_rows: int = 1,
+    min_rows: int = _CPU_MIN_ROWS,
 ) -> Tensor:
-    """Traceable ``ditc::int8_linear``: ``aten._int_mm`` over flattened tokens, then one pointwise epilogue.
+    """Traceable ``ditc::int8_linear``: an integer GEMM over flattened tokens, then one pointwise epilogue.
 
     ``min_rows`` is the least number of rows that the device's integer GEMM takes; fewer are padded with zeros.
     """
     check_int8_linear(q, scale, weight_q, weight_scale, bias, out_dtype)
     K, N = q.shape[-1], weight_q.shape[0]
-    rows = q.reshape(-1, K)
-    M = rows.shape[0]
-    padding = torch.sym_max(min_rows - M, 0)  # type: ignore[no-untyped-call]
-    if isinstance(padding, int) and padding == 0:
-        accumulator = torch._int_mm(rows, weight_q.t())
-    else:
-        accumulator = torch._int_mm(torch.constant_pad_nd(rows, (0, 0, 0, padding)), weight_q.t())[:M]
+    accumulator = _multiply(q.reshape(scale.numel(), K), weight_q, min_rows)
     y = accumulator.to(torch.float32) * (scale.reshape(-1, 1) * weight_scale)
     if bias is not None:
         y = y + bias.to(torch.float32)
     return y.to(out_dtype).reshape(*q.shape[:-1], N)
 
 
+def _multiply(rows: Tensor, weight_q: Tensor, min_rows: int) -> Tensor:
+    """``rows [M, K] @ weight_q.T [K, N]`` in int32."""
+    M, (N, K) = rows.shape[0], weight_q.shape
+    if K == 0 or N == 0:
+        return rows.new_zeros((M, N), dtype=torch.int32)
+    if K == 1:  # torch._int_mm takes a matrix [1, N] whose strides are (1, 1) for another one
+        return rows.to(torch.int32) * weight_q.t().to(torch.int32)
+    if N == 1:
+        return (rows.to(torch.int32) * weight_q.to(torch.int32)).sum(-1, keepdim=True, dtype=torch.int32)
+    if statically_known_true(min_rows <= M):
+        return torch._int_mm(rows, weight_q.t())
+    missing = torch.sym_max(min_rows - M, 0)  # type: ignore[no-untyped-call]
+    return torch._int_mm(torch.constant_pad_nd(rows, (0, 0, 0, missing)), weight_q.t())[:M]
+
+
 def lowerings(device: torch.device | str = "cpu") -> dict[OpOverload, Callable[..., Any]]:
     """Decompositions of the INT8 ops for ``device``, to be passed to ``compile_fx(..., decompositions=...)``."""
-    min_rows = _CUDA_MIN_ROWS if torch.device(device).type == "cuda" else 1
+    min_rows = _CUDA_MIN_ROWS if torch.device(device).type == "cuda" else _CPU_MIN_ROWS
     ops = torch.ops.ditc
     return {
         ops.quantize_int8.default: quantize_rows,
