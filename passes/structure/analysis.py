@@ -65,7 +65,7 @@ def _places(found: Findings, stacks: list[Stack]) -> Places:
 
 def _roles(found: Findings, stacks: list[Stack], places: Places) -> dict[fx.Node, Role]:
     """Runs :class:`Roles` with a sense of place: which nodes come before any block, which behind the last."""
-    marks = set(places) or set(found.sites)
+    marks = set(places) or {*found.sites, *(n for n in found.products if found.trace.reaches_residual(n))}
     upstream: set[fx.Node] = set()
     for node in found.nodes:
         if node in marks or any(operand in upstream for operand in node.all_input_nodes):

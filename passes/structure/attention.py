@@ -30,7 +30,7 @@ def describe(found: Findings, places: Mapping[fx.Node, tuple[str, int]]) -> list
                 layout=site.layout,
                 batch=site.batch,
                 heads=site.heads,
-                kv_heads=_kv_heads(found, site),
+                kv_heads=site.key_heads,
                 q_len=site.q_len,
                 kv_len=site.kv_len,
                 head_dim=site.head_dim,
@@ -94,19 +94,6 @@ def _axis(found: Findings, site: Site) -> str:
     if any(found.tokens.in_dim(dim) for dim in site.lead):
         return "windows"
     return "full"
-
-
-def _kv_heads(found: Findings, site: Site) -> int:
-    """Heads of key and value before they are repeated for grouped queries: from the linear that makes the keys."""
-    if site.key_heads != site.heads:
-        return site.key_heads
-    origins = [p for p, trace in found.trace.of(site.key).items() if p in found.products and trace.part is None]
-    widths = {found.products[p].N for p in origins}
-    if len(widths) == 1:
-        width = widths.pop()
-        if width % site.head_dim == 0 and 0 < width // site.head_dim < site.heads:
-            return width // site.head_dim
-    return site.heads
 
 
 def _norm(found: Findings, operand: fx.Node) -> NormKind | None:

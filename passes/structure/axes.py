@@ -22,14 +22,14 @@ class Atom:
     """One indivisible (so far) axis. Compared by identity; an :class:`AxisAlgebra` makes each one once.
 
     ``relation`` says how it came from ``parents``: a factor of a split dimension, a slice (or any other choice of
-    indices) of one, or a mixture that could not be taken apart. ``segments`` lists the parts of a concatenation.
+    indices) of one, or a mixture that cannot be taken apart. ``segments`` lists the parts of a concatenation.
     """
 
     size: int
     rank: int
     source: str = ""
     dim: int = -1
-    relation: Literal["", "split", "slice", "mixed", "concat"] = ""
+    relation: Literal["", "split", "slice", "mixed", "concat", "repeat"] = ""
     parents: tuple[Atom, ...] = ()
     index: int = 0
     segments: tuple[tuple[Dim, int], ...] = ()
@@ -61,6 +61,19 @@ class AxisAlgebra:
     def fresh(self, size: int, rank: int, source: str = "", dim: int = -1) -> Dim:
         """A new axis; of size one, nothing."""
         return () if size == 1 and rank != DATA else (Atom(size, rank, source, dim),)
+
+    def repeats(self, times: int) -> Dim:
+        """An axis along which a value is the same: what an expanded or repeated dimension counts."""
+        return () if times == 1 else (Atom(times, CONSTANT, relation="repeat"),)
+
+    def made_from(self, contracted: Dim, size: int) -> Dim:
+        """New features that a linear makes; they remember which input axes were contracted, as token mixing does."""
+        if size == 1:
+            return ()
+        roots: dict[Atom, None] = {}
+        for atom in self.leaves(contracted):
+            roots |= dict.fromkeys(atom.parents if atom.relation == "mixed" else (atom,) if atom.rank == DATA else ())
+        return (Atom(size, FEATURE, relation="mixed" if roots else "", parents=tuple(roots)),)
 
     # --- identity ------------------------------------------------------------------------------------------------
 

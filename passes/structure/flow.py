@@ -146,7 +146,8 @@ class Flow:
 
     ``producers`` are linears (with their data operand) and attentions (whose operands are read elsewhere);
     ``on_tokens`` says which values carry a token axis. Results: ``origins`` of every value, ``meetings`` of each
-    producer without a token axis with the token path, ``gates``: pairs of producers whose values were multiplied.
+    producer without a token axis with the token path, ``gates``: pairs of producers whose values were multiplied,
+    ``layers``: producers that are one layer in parts, ``residual``: residual sums.
     """
 
     dependence: Dependence
@@ -157,6 +158,7 @@ class Flow:
     origins: dict[fx.Node, Origins] = field(default_factory=dict)
     meetings: dict[fx.Node, Meeting] = field(default_factory=dict)
     gates: list[tuple[fx.Node, Trace, fx.Node, Trace]] = field(default_factory=list)
+    layers: list[frozenset[fx.Node]] = field(default_factory=list)
     residual: set[fx.Node] = field(default_factory=set)
 
     def run(self, graph: fx.Graph) -> None:
@@ -170,6 +172,15 @@ class Flow:
 
     def of(self, node: fx.Node) -> Origins:
         return self.origins.get(node, {})
+
+    def reaches_residual(self, node: fx.Node, steps: int = 12) -> bool:
+        """Whether a value gets into a residual sum before another linear reads it."""
+        here = {node}
+        for _ in range(steps):
+            if here & self.residual:
+                return True
+            here = {user for value in here for user in value.users if user not in self.producers}
+        return False
 
     def _step(self, node: fx.Node) -> Origins:
         op, operands = packet(node), [n for n in content(node) if n in self.dependence.learned]
@@ -246,6 +257,7 @@ class Flow:
             return _union(*many)
         producers = set().union(*many)
         if all(many) and (producers <= self.attentions or self._one_layer(many)):
+            self.layers.append(frozenset(producers - self.attentions))
             return _union(*many)
         self.residual.add(node)
         return {}

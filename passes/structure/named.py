@@ -54,6 +54,11 @@ class NamedStack:
     anchors: list[list[Anchor]]
     nodes: list[list[fx.Node]]
 
+    @property
+    def called(self) -> bool:
+        """Whether the blocks are modules that are called, not lists of modules whose parts are."""
+        return all(key for _, key in self.calls)
+
 
 def _memberships(node: fx.Node) -> list[tuple[str, int, str]]:
     """Every ``prefix.<i>`` around a node, outermost first, with the key of the call."""
@@ -129,8 +134,10 @@ def _collect(prefix: str, members: list[tuple[int, str, Anchor]], found: Finding
             continue
         mine = next((index for group, index, _ in _memberships(node) if group == prefix), None)
         candidates = by_index.get(mine, []) if mine is not None else []
-        if candidates:
-            stack.nodes[_call_at(candidates, stack, position)].append(node)
+        call = _call_at(candidates, stack, position) if candidates else None
+        # a module of a block that is called again behind it (a shared embedder) is no part of the block
+        if call is not None and (call + 1 == len(runs) or position < stack.anchors[call + 1][0].position):
+            stack.nodes[call].append(node)
     return stack
 
 

@@ -50,6 +50,7 @@ class Roles:
         self._mlps()
         self._gates()
         self._low_rank()
+        self._parts()
         for node, product in self.found.products.items():
             if node in self.roles and not (self.roles[node] in _MLP and not self._inside(node)):
                 continue
@@ -154,6 +155,14 @@ class Roles:
             role = next(iter(said)) if len(said) == 1 else None
             if plain and alone and role is not None and role in _ATTENTION | _MLP and role != Role.OUT:
                 self.roles[node] = role
+
+    def _parts(self) -> None:
+        """What is summed into one layer (an adapter's second half) has the role of the layer."""
+        for layer in self.found.trace.layers:
+            said = {self.roles[node] for node in layer if node in self.roles}
+            if len(said) == 1:
+                for node in layer:
+                    self.roles.setdefault(node, next(iter(said)))
 
     def _feeds_only(self, node: fx.Node, readers: set[fx.Node]) -> bool:
         """Whether nothing but ``readers`` uses a value, views and norms of it included."""

@@ -96,7 +96,7 @@ class Walk:
             for dims, operand in zip(operands, shapes, strict=True):
                 if len(dims) >= back and operand[-back] == sizes[-back]:
                     best = self.algebra.unify(best, dims[-back])
-            result.append(best if size_of(best) == sizes[-back] else self.algebra.fresh(sizes[-back], CONSTANT))
+            result.append(best if size_of(best) == sizes[-back] else self.algebra.repeats(sizes[-back]))
         return tuple(result)
 
     def matched(self, node: fx.Node, sizes: Sequence[Any]) -> Dims:
@@ -170,7 +170,7 @@ def _repeat(walk: Walk, node: fx.Node) -> Axes:
     out = shape(node) or ()
     dims, sizes = ((),) * (len(out) - len(dims)) + dims, (1,) * (len(out) - len(sizes)) + sizes
     return tuple(
-        (*walk.algebra.fresh(new // old, CONSTANT), *dim) if old and new != old else dim
+        (*walk.algebra.repeats(new // old), *dim) if old and new != old else dim
         for dim, old, new in zip(dims, sizes, out, strict=True)
     )
 
@@ -181,7 +181,7 @@ def _repeat_interleave(walk: Walk, node: fx.Node) -> Axes:
     if len(out) != len(sizes):
         return walk.matched(node, out)
     return tuple(
-        (*dim, *walk.algebra.fresh(new // old, CONSTANT)) if old and new % old == 0 and new != old else dim
+        (*dim, *walk.algebra.repeats(new // old)) if old and new % old == 0 and new != old else dim
         for dim, old, new in zip(dims, sizes, out, strict=True)
     )
 
@@ -321,7 +321,7 @@ def _gathered(walk: Walk, node: fx.Node) -> Axes:
 
 def _linear(walk: Walk, node: fx.Node) -> Axes:
     dims, _ = _first(walk, node)
-    return (*dims[:-1], walk.algebra.fresh((shape(node) or (1,))[-1], FEATURE))
+    return (*dims[:-1], walk.algebra.made_from(dims[-1] if dims else (), (shape(node) or (1,))[-1]))
 
 
 def _product(walk: Walk, node: fx.Node, left: fx.Node, right: fx.Node) -> Axes:
@@ -331,7 +331,7 @@ def _product(walk: Walk, node: fx.Node, left: fx.Node, right: fx.Node) -> Axes:
         return walk.matched(node, sizes)
     columns = b[-1] if len(b) > 1 else None
     if columns is not None and rank_of(columns) <= CONSTANT:
-        columns = walk.algebra.fresh(size_of(columns), FEATURE)
+        columns = walk.algebra.made_from(a[-1], size_of(columns))
     rows = a[-2:-1] if len(a) > 1 else ()
     tail = (*rows, columns) if columns is not None else rows
     batch = sizes[: len(sizes) - len(tail)]

@@ -124,7 +124,7 @@ def _make(
         inside = q_sizes[i] if i in heads_at else _heads_inside(q_dims[i])
         heads, batch = heads * inside, batch * (q_sizes[i] // max(inside, 1))
         if len(k_sizes) == rank:
-            key_heads *= k_sizes[i] if i in heads_at else _heads_inside(k_dims[i])
+            key_heads *= _heads_before_repeats(k_dims[i], k_sizes[i]) if i in heads_at else _heads_inside(k_dims[i])
     k_at = k_axis % len(k_sizes)
     return Site(
         node=node,
@@ -151,6 +151,15 @@ def _heads(lead: list[int], dims: tuple[Dim, ...], written: str) -> list[int]:
     if written == "sdpa" and len(lead) == 2:
         return [lead[1]]
     return [i for i in lead if dims[i] and all(atom.rank == FEATURE for atom in dims[i])]
+
+
+def _heads_before_repeats(dim: Dim, size: int) -> int:
+    """How many different heads a dimension holds: grouped queries repeat keys."""
+    times = 1
+    for atom in dim:
+        if atom.relation == "repeat":
+            times *= atom.size
+    return size // times
 
 
 def _heads_inside(dim: Dim) -> int:

@@ -14,7 +14,7 @@ from torch import fx
 
 from .facts import TimestepInput
 from .flow import CUTS, VIEWS, Dependence, _packets
-from .ops import aten, content, graph_input, packet, shape
+from .ops import aten, content, display_name, graph_input, packet, shape
 from .products import Product
 
 _HINT = re.compile(
@@ -104,7 +104,7 @@ def _is_scalar(node: fx.Node) -> bool:
 def _note(found: dict[str, Candidate], node: fx.Node, into: fx.Node, weight: fx.Node | None, how: str) -> None:
     fact, table = graph_input(node), graph_input(weight) if weight is not None else None
     if fact is not None and fact.name not in found:
-        found[fact.name] = Candidate(node, fact.name, into, table.name if table else into.name, how)
+        found[fact.name] = Candidate(node, fact.name, into, display_name(table.name) if table else into.name, how)
 
 
 def choose(waves: list[Candidate], scalars: list[Candidate], per_token: set[str]) -> tuple[TimestepInput | None, str]:
@@ -118,16 +118,17 @@ def choose(waves: list[Candidate], scalars: list[Candidate], per_token: set[str]
         return None, "No timestep: no input feeds sine and cosine and then a linear, nor a table or a linear directly."
     hinted = [c for c in candidates if c.hinted]
     best = (hinted or candidates)[0]
-    others = ", ".join(f"`{c.name}`" for c in candidates if c is not best)
+    alike = [f"`{c.name}`" for c in candidates if c is not best]
+    others = " and ".join(alike) + (" looks" if len(alike) == 1 else " look")
     evidence = f"{best.how} of `{best.name}` feed {best.where}"
     if best.how != "sine and cosine":
         evidence = f"`{best.name}` is the {best.how}: {best.where}"
     if best.name in per_token:
         evidence += ", one per token"
-    if others and hinted:
-        evidence += f"; {others} look(s) the same, the argument's name decides"
-    elif others:
-        evidence += f"; {others} look(s) the same, this one comes first"
+    if alike and hinted:
+        evidence += f"; {others} the same, the argument's name decides"
+    elif alike:
+        evidence += f"; {others} the same, this one comes first"
     elif best.hinted:
         evidence += "; the argument's name agrees"
     return TimestepInput(best.name, best.input.name, evidence), ""

@@ -91,6 +91,10 @@ def find_tokens(graph: fx.Graph, walk: Walk, flow: Dependence, sites: list[Site]
         if tokens.atoms:
             tokens.notes.append("No attention: the token axis is what the largest linears have for rows.")
     lead = {walk.algebra.find(a) for site in over for dim in site.lead for a in walk.algebra.leaves(dim)}
+    sources = {root.source for atom in tokens.atoms for root in walk.algebra.roots(atom)} - {""}
+    # windows and factorised attention hold the rest of the grid in the batch; the batch itself comes first
+    roots = {atom: walk.algebra.roots(atom) for atom in lead if atom.rank == DATA}
+    tokens.atoms |= {atom for atom, of in roots.items() if of and all(r.dim > 0 and r.source in sources for r in of)}
     tokens.batch = lead - tokens.atoms
     _close(tokens)
     tokens._known.clear()
