@@ -1,0 +1,82 @@
+"""``python -m benchmarks SUITE``, from the root of the repository."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+import torch
+import typer
+
+from . import guard_overhead as guard
+from . import step_latency as step
+from .environment import pick_device
+from .harness import Clock
+from .model import Size
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+
+Device = Annotated[str | None, typer.Option(help="cpu or cuda; the GPU when there is one")]
+Rounds = Annotated[int, typer.Option(min=1, help="timed calls per candidate")]
+Threads = Annotated[int | None, typer.Option(min=1, help="torch's threads; all cores when not given")]
+ClockName = Annotated[
+    str | None, typer.Option(help="wall, cuda, or cpu: processor time, for busy machines, one thread")
+]
+Save = Annotated[bool, typer.Option("--save/--no-save", help="write JSON and Markdown into benchmarks/results")]
+
+
+def _setup(device: str | None, threads: int | None, clock: str | None) -> tuple[torch.device, Clock]:
+    if threads is not None:
+        torch.set_num_threads(threads)
+    picked = pick_device(device)
+    chosen = clock or ("cuda" if picked.type == "cuda" else "wall")
+    if chosen == "wall" or chosen == "cpu" or chosen == "cuda":
+        return picked, chosen
+    raise typer.BadParameter(f"clock is wall, cpu or cuda, not {chosen!r}")
+
+
+def _sizes(device: torch.device, sizes: list[str], tokens: list[int]) -> list[Size]:
+    default = step.CUDA_SIZES if device.type == "cuda" else step.CPU_SIZES
+    if not sizes and not tokens:
+        return list(default)
+    found = []
+    for text in sizes or sorted({f"{s.hidden}x{s.depth}" for s in default}):
+        match = re.fullmatch(r"(\d+)x(\d+)", text)
+        if match is None:
+            raise typer.BadParameter(f"a size is HIDDENxDEPTH such as 1152x4, not {text!r}")
+        found += [Size(int(match[1]), int(match[2]), n) for n in tokens or (256, 1024)]
+    return found
+
+
+@app.command()
+def step_latency(
+    size: Annotated[list[str] | None, typer.Option(help="HIDDENxDEPTH, such as 1152x4; may be repeated")] = None,
+    tokens: Annotated[list[int] | None, typer.Option(help="tokens of an image; may be repeated")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="part of a candidate's name; may be repeated")] = None,
+    rounds: Rounds = 15,
+    device: Device = None,
+    threads: Threads = None,
+    clock: ClockName = None,
+    save: Save = True,
+) -> None:
+    """One denoising step of a DiT: eager, inductor, bfloat16, torchao INT8, ditc INT8."""
+    picked, kind = _setup(device, threads, clock)
+    step.run(picked, _sizes(picked, size or [], tokens or []), rounds=rounds, clock=kind, only=only or [], save=save)
+
+
+@app.command()
+def guard_overhead(
+    rounds: Rounds = 30,
+    calls: Annotated[int, typer.Option(min=1, help="calls in a timed loop")] = 50,
+    device: Device = None,
+    threads: Threads = None,
+    clock: ClockName = None,
+    save: Save = True,
+) -> None:
+    """What a call of a compiled model costs beside its kernels."""
+    picked, kind = _setup(device, threads, clock)
+    guard.run(picked, rounds=rounds, clock=kind, calls=calls, save=save)
+
+
+if __name__ == "__main__":
+    app()
