@@ -36,10 +36,11 @@ bench: $(BIN)/.ready
 	$(BIN)/python -m pip install --quiet --editable ".[bench]"
 	$(BIN)/python -m benchmarks
 
-# with whatever torch and triton the machine's own python has: nothing is installed but ditc itself, by its path
+# with whatever torch and triton the machine's own python has: nothing is installed but ditc itself
 gpu:
-	PYTHONPATH=src $(PYTHON) -m pytest -m gpu
-	PYTHONPATH=src $(PYTHON) -m benchmarks
+	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
+	$(PYTHON) -m pytest -m gpu
+	$(PYTHON) -m benchmarks
 
 clean:
 	rm -rf $(VENV) out build dist .mypy_cache .ruff_cache .pytest_cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -13,7 +13,7 @@ from torch._inductor.compile_fx import compile_fx
 from ditc.kernels.matmul import fp32_matmul_reason
 from ditc.runtime.artifact import Artifact, Manifest, StateSpec
 
-from .capture import Capture, GraphInput, capture_dynamo, graph_inputs
+from .capture import GraphInput, capture_dynamo, graph_inputs
 from .errors import CaptureError, PlanError
 from .lower.eager import lower_eager
 from .lower.inductor import lower_inductor, mode_options
@@ -82,7 +82,7 @@ def reason_to_pass_through(gm: fx.GraphModule, example_inputs: Sequence[Any]) ->
     tensors = [x for x in example_inputs if isinstance(x, torch.Tensor)]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return "gradients are recorded: call the model under torch.no_grad() or torch.inference_mode()"
-    for device in {t.device.type for t in tensors} or {"cpu"}:
+    for device in ({t.device.type for t in tensors} or {"cpu"}) - {"meta"}:
         if torch.is_autocast_enabled(device):
             return "autocast is on: convert the model to the dtype instead (model.to(torch.bfloat16))"
     if any(t.numel() == 0 for t in tensors):
@@ -100,7 +100,10 @@ def _is_fake(tensor: torch.Tensor) -> bool:
 def pass_through(gm: fx.GraphModule, example_inputs: Sequence[Any], plan: Plan, reason: str) -> Artifact:
     """Compiles Dynamo's graph with inductor alone, and says why."""
     warnings.warn(f"ditc leaves a graph as it is: {reason}", UntouchedWarning, stacklevel=2)
-    run = gm.forward if plan.lower == "eager" else compile_fx(gm, list(example_inputs), config_patches=mode_options(plan.mode))
+    run: Callable[..., Any] = gm.forward
+    if plan.lower == "inductor":
+        lowered = compile_fx(gm, list(example_inputs), config_patches=mode_options(plan.mode))
+        run = cast(Callable[..., Any], lowered)
     manifest = Manifest(plan.to_toml(), "", versions(), "dynamo", untouched=reason)
     owner = next((i for i, x in enumerate(example_inputs) if isinstance(x, torch.nn.Parameter)), None)
     return Artifact((run,), StateSpec(), manifest, owner=owner)
@@ -130,7 +133,12 @@ def assemble(rewritten: Rewritten, inputs: Sequence[GraphInput], plan: Plan, sou
     """
     graph, prologue = rewritten.graph, rewritten.prologue
     manifest = Manifest(
-        plan.to_toml(), graph_hash(graph), versions(), source, reports=rewritten.reports, notes=rewritten.structure.notes
+        plan.to_toml(),
+        graph_hash(graph),
+        versions(),
+        source,
+        reports=rewritten.reports,
+        notes=rewritten.structure.notes,
     )
     timestep = _timestep(rewritten)
     kept = _drop_unread(graph, len(inputs))
@@ -175,5 +183,3 @@ def versions() -> dict[str, str]:
     from importlib.metadata import version
 
     return {"ditc": version("ditc"), "torch": torch.__version__}
-
-

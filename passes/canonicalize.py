@@ -73,8 +73,9 @@ def _drop_assertion(graph: fx.GraphModule, node: fx.Node) -> bool:
 def _drop_dropout(graph: fx.GraphModule, node: fx.Node) -> bool:
     if node.target not in _DROPOUTS:
         return False
-    p, train = node.args[1], node.args[2]
-    return (not train or p == 0.0) and _replace(node, node.args[0])  # type: ignore[arg-type]
+    source, p, train = node.args[:3]
+    assert isinstance(source, fx.Node)
+    return bool(not train or p == 0.0) and _replace(node, source)
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -100,7 +101,8 @@ def _drop_alias(graph: fx.GraphModule, node: fx.Node) -> bool:
     if node.target is torch._C._set_grad_enabled:
         node.graph.erase_node(node)
         return True
-    return node.target in _ALIASES and _replace(node, node.args[0])  # type: ignore[arg-type]
+    source = node.args[0] if node.target in _ALIASES else None
+    return isinstance(source, fx.Node) and _replace(node, source)
 
 
 def _view_to_reshape(graph: fx.GraphModule, node: fx.Node) -> bool:
@@ -168,4 +170,3 @@ _RULES: tuple[tuple[str, Callable[[fx.GraphModule, fx.Node], bool]], ...] = (
     ("attention arguments in one layout", _normal_attention),
     ("matmul by a transposed weight to linear", _matmul_to_linear),
 )
-

@@ -143,7 +143,7 @@ def capture_export(
         try:
             program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
             program = program.run_decompositions({})
-        except Exception as error:  # noqa: BLE001 - export raises dozens of unrelated classes; the cause is kept
+        except Exception as error:
             raise CaptureError(f"torch.export could not capture {type(model).__name__}: {error}") from error
         if check:
             _compare(program, model, args, kwargs)
@@ -203,7 +203,7 @@ def _to_aten(module: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[fx.
         traced, signature = aot_export_module(
             module, tuple(example_inputs), trace_joint=False, pre_dispatch=True, decompositions={}
         )
-    except Exception as error:  # noqa: BLE001 - AOTAutograd raises many classes; the cause is kept
+    except Exception as error:
         raise CaptureError(f"the graph could not be traced to ATen: {error}") from error
     assert isinstance(traced, fx.GraphModule)
     mutates = bool(signature.buffers_to_mutate or signature.user_inputs_to_mutate)

@@ -81,5 +81,3 @@ def _prologue(
 def _name(node: fx.Node) -> str:
     source = node.meta.get(PACKED_FROM)
     return f"{source}:{node.name}" if source else node.name
-
-

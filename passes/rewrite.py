@@ -56,12 +56,18 @@ def submodules(graph: fx.GraphModule) -> Iterator[fx.GraphModule]:
 
 
 def device_of(graph: fx.GraphModule) -> torch.device:
-    """The device that the graph computes on: that of its first tensor input of data, or of its first weight."""
+    """The device that the graph is for: that of its first tensor input of data, or of its first weight.
+
+    A model on the ``meta`` device is only looked at; it is taken to be for the best device of this machine.
+    """
     fallback = None
     for node in graph.graph.find_nodes(op="placeholder"):
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor):
-            if input_of(node).kind == "data":
-                return value.device
             fallback = fallback or value.device
-    return fallback or torch.device("cpu")
+            if input_of(node).kind == "data":
+                fallback = value.device
+                break
+    if fallback is not None and fallback.type != "meta":
+        return fallback
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

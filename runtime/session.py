@@ -1,9 +1,9 @@
 """Sessions: whose state a call of a compiled program reads and writes.
 
 State belongs to one trajectory (one generation of one request) and one guidance branch of it. Callers say so with
-:func:`session` and :func:`branch`; diffusers' pipelines say it with ``cache_context``, which :func:`listen_to_diffusers`
-hears. Where nobody says anything, the timestep tells (:class:`Trajectory`). Reading a context variable raises no guard
-in Dynamo, so none of this recompiles.
+:func:`session` and :func:`branch`; diffusers' pipelines say it with ``cache_context``, and
+:func:`listen_to_diffusers` hears them. Where nobody says anything, the timestep tells (:class:`Trajectory`). Reading
+a context variable raises no guard in Dynamo, so none of this recompiles.
 """
 
 from __future__ import annotations

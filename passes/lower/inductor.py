@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.decomposition import select_decomp_table
+from torch.compiler import config as compiler_config
 
-from ditc.kernels import int8
+from ditc.kernels import aten, int8
 
 from ..plan import Plan
 from ..rewrite import device_of, input_of
@@ -24,7 +25,8 @@ def mode_options(mode: str) -> dict[str, Any]:
 def lower_inductor(graph: fx.GraphModule, plan: Plan) -> Callable[..., Sequence[Any]]:
     """Compiles a rewritten graph.
 
-    ditc's ops are decomposed into ATen on the way, so that inductor fuses what surrounds an integer GEMM into it.
+    ditc's ops are decomposed into ATen on the way, so that inductor fuses what surrounds an integer GEMM into it, and
+    some of ATen's own are decomposed into what inductor compiles better on the graph's device.
 
     Args:
         graph: in normal form, with fake values on its placeholders. It is handed over: inductor may change it.
@@ -33,12 +35,11 @@ def lower_inductor(graph: fx.GraphModule, plan: Plan) -> Callable[..., Sequence[
     placeholders = graph.graph.find_nodes(op="placeholder")
     examples = [node.meta["val"] for node in placeholders]
     _mark_static(graph, placeholders)
-    table = {**select_decomp_table(), **int8.lowerings(device_of(graph))}
-    with torch.compiler.config.patch(cache_key_tag=f"ditc-{plan.key()}"):
-        compiled: Callable[..., Sequence[Any]] = compile_fx(
-            graph, examples, config_patches=mode_options(plan.mode), decompositions=table
-        )
-    return compiled
+    device = device_of(graph)
+    table = {**select_decomp_table(), **aten.lowerings(device), **int8.lowerings(device)}
+    with compiler_config.patch(cache_key_tag=f"ditc-{plan.key()}"):  # type: ignore[attr-defined]
+        compiled = compile_fx(graph, examples, config_patches=mode_options(plan.mode), decompositions=table)
+    return cast(Callable[..., Sequence[Any]], compiled)
 
 
 def _mark_static(graph: fx.GraphModule, placeholders: Sequence[fx.Node]) -> None:
@@ -50,9 +51,9 @@ def _mark_static(graph: fx.GraphModule, placeholders: Sequence[fx.Node]) -> None
     if context is None or context.compile_id is None:
         return
     graph.meta["dynamo_compile_id"] = context.compile_id
-    graph._param_name_to_source = {}  # type: ignore[assignment]
+    setattr(graph, "_param_name_to_source", {})  # noqa: B010 - a module's attributes are typed as tensors
     for node in placeholders:
         if not hasattr(node, "_dynamo_source"):
-            node._dynamo_source = None  # type: ignore[attr-defined]
+            node._dynamo_source = None
         if input_of(node).is_weight:
             node.meta["tensor_dict"] = {**node.meta.get("tensor_dict", {}), "_dynamo_static_input_type": "unguarded"}

@@ -10,7 +10,7 @@ from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .api import Stats, compile, stats  # noqa: A004 - torch.compile's name is the one a user expects
+    from .api import Stats, compile, stats
     from .explain import Explanation, explain
     from .passes.errors import CaptureError, DitcError, PassError, PlanError, VerifyError
     from .passes.plan import Plan

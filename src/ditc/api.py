@@ -17,7 +17,7 @@ from ditc.runtime.program import programs_of
 from .text import as_text, megabytes
 
 
-def compile(  # noqa: A001 - torch.compile's name is the one a user expects
+def compile(
     model: torch.nn.Module,
     plan: Plan | Mapping[str, Any] | None = None,
     *,
@@ -42,9 +42,7 @@ def compile(  # noqa: A001 - torch.compile's name is the one a user expects
         raise TypeError(f"ditc.compile takes a torch.nn.Module, got {type(model).__name__}")
     chosen = Plan.from_options(plan)
     check_plan(chosen)
-    compiled = torch.compile(
-        model, backend="ditc", options=chosen.to_options(), fullgraph=fullgraph, dynamic=dynamic
-    )
+    compiled = torch.compile(model, backend="ditc", options=chosen.to_options(), fullgraph=fullgraph, dynamic=dynamic)
     assert isinstance(compiled, torch.nn.Module)
     return compiled
 

@@ -12,7 +12,10 @@ import typer
 from rich.console import Console
 
 app = typer.Typer(
-    help="A compiler for diffusion transformers.", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False
+    help="A compiler for diffusion transformers.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
 )
 _console = Console()
 

@@ -69,7 +69,6 @@ class _Maker:
         return self.ones(1, 1, *self.latent[-2:])
 
 
-
 _TENSORS: dict[str, Callable[[_Maker], Any]] = {
     "hidden_states": lambda m: m.normal(*m.latent),
     "timestep": _Maker.timestep,
@@ -109,7 +108,7 @@ def example_inputs(model: torch.nn.Module, given: Mapping[str, Any] | None = Non
             and what went wrong with the most plausible proposal.
     """
     config = getattr(model, "config", None)
-    if config is None or not hasattr(model, "dtype"):
+    if config is None:
         raise CaptureError(
             f"no inputs were given and {type(model).__name__} has no diffusers configuration to make them up from: "
             "pass args or kwargs"
@@ -118,7 +117,7 @@ def example_inputs(model: torch.nn.Module, given: Mapping[str, Any] | None = Non
     device = next(iter(model.parameters())).device
     faults: list[str] = []
     for layout, latent in _latents(model, config):
-        maker = _Maker(config, latent, layout, device, model.dtype)
+        maker = _Maker(config, latent, layout, device, _float_dtype(model))
         for optional in (False, True):
             proposal = _propose(parameters, maker, dict(given or {}), optional)
             fault = _try(model, proposal) if isinstance(proposal, dict) else proposal
@@ -131,6 +130,10 @@ def example_inputs(model: torch.nn.Module, given: Mapping[str, Any] | None = Non
         + "\n".join(dict.fromkeys(faults))
         + "\nGive its inputs (ditc explain --input NAME=SHAPE), or real weights where shapes do not suffice."
     )
+
+
+def _float_dtype(model: torch.nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 def _latents(model: torch.nn.Module, config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -63,6 +63,16 @@ class Explanation:
 
     def __str__(self) -> str:
         return as_text(self)
+
+    def to_data(self) -> dict[str, Any]:
+        """Plain dictionaries and lists, for JSON."""
+        return {
+            "model": self.model,
+            "plan": self.plan.to_options(),
+            "structure": asdict(self.structure),
+            "passes": [asdict(report) for report in self.passes],
+            "notes": list(self.notes),
+        }
 
 
 def explain(
@@ -186,5 +196,3 @@ def _passes_table(passes: tuple[PassReport, ...]) -> Table:
         row = (report.name, str(report.rewrites), str(len(report.skipped)), operators, f"{report.milliseconds:.0f}")
         table.add_row(*row, "\n".join(remarks))
     return table
-
-

@@ -51,7 +51,9 @@ def test_one_generation_is_one_slot_whichever_way_time_runs(timesteps: list[floa
     assert slots[0].calls == 4
 
 
-@given(st.lists(st.integers(1, 999), min_size=1, max_size=6, unique=True), st.integers(1, MOST_BRANCHES), st.integers(2, 3))
+@given(
+    st.lists(st.integers(1, 999), min_size=1, max_size=6, unique=True), st.integers(1, MOST_BRANCHES), st.integers(2, 3)
+)
 def test_generations_and_branches_never_share(times: list[int], branches: int, generations: int) -> None:
     program = Program()
     timesteps = [1000.0, *map(float, sorted(times, reverse=True))]
