@@ -101,7 +101,9 @@ def _conditioning_inputs(found: Findings) -> tuple[str, ...]:
     """Inputs other than the timestep that reach the conditioning path's linears or tables."""
     mask = 0
     for node in found.nodes:
-        if node in found.conditioning and (node in found.products or packet(node) is aten.embedding):
+        if node in found.conditioning and (
+            node in found.products or (packet(node) is aten.embedding and node in found.flow.learned)
+        ):
             mask |= found.flow.inputs.get(node, 0)
     timestep = found.timestep.name if found.timestep else None
     tokens = {fact.name for n in found.flow.order if (fact := graph_input(n)) and found.tokens.rooted_in(found.walk, n)}

@@ -15,7 +15,7 @@ from .sites import Site
 def describe(found: Findings, places: Mapping[fx.Node, tuple[str, int]]) -> list[AttentionSite]:
     """Facts about every attention in program order; ``places`` gives the stack and block of a node."""
     result: list[AttentionSite] = []
-    for site in found.sites.values():
+    for site in sorted(found.sites.values(), key=lambda s: found.position[s.node]):
         query_tokens = found.tokens.names_of((site.query_dim,))
         key_tokens = found.tokens.names_of((site.key_dim,))
         stack, block = places.get(site.node, (None, None))

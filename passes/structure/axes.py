@@ -102,15 +102,24 @@ class AxisAlgebra:
         """Two dimensions that an operator walks in step: the one that says more, and both become one axis."""
         if a is b or rank_of(a) != rank_of(b) or size_of(a) != size_of(b):
             return a if rank_of(a) >= rank_of(b) else b
-        if len(a) == len(b) and rank_of(a) == DATA:
+        if len(a) == len(b) and rank_of(a) == DATA and all(x.size == y.size for x, y in zip(a, b, strict=True)):
             for x, y in zip(a, b, strict=True):
-                if x.rank == DATA and y.rank == DATA and x.size == y.size:
+                if x.rank == y.rank == DATA:
                     self._unify_atoms(x, y)
+            return tuple(x if x.rank >= y.rank else y for x, y in zip(a, b, strict=True))
         return b if len(b) > len(a) else a
 
     def _unify_atoms(self, x: Atom, y: Atom) -> None:
+        x, y = self.find(x), self.find(y)
         if not x.relation and not y.relation:
             self._union(x, y)
+        elif not x.relation or not y.relation:
+            # an axis that comes in whole (positions, a mask) is the one that was made in the graph
+            made, whole = (y, x) if not x.relation else (x, y)
+            if made.relation != "mixed" and whole not in self.roots(made):
+                self._union(made, whole)
+        elif x.relation == y.relation == "split" and x.index == y.index and x.parents[0].size == y.parents[0].size:
+            self._unify_atoms(x.parents[0], y.parents[0])
         elif len(x.segments) == len(y.segments) and x.segments and x is not y:
             for (part_x, size_x), (part_y, size_y) in zip(x.segments, y.segments, strict=True):
                 if size_x != size_y:
@@ -264,7 +273,7 @@ class AxisAlgebra:
     def leaves(self, dim: Dim) -> list[Atom]:
         """The atoms of a dimension with concatenations opened."""
         found: list[Atom] = []
-        for atom in dim:
+        for atom in map(self.find, dim):
             if atom.segments:
                 for part, _ in atom.segments:
                     found.extend(self.leaves(part))
@@ -274,6 +283,7 @@ class AxisAlgebra:
 
     def roots(self, atom: Atom) -> frozenset[Atom]:
         """The axes of inputs that an atom was cut or made from, as representatives."""
+        atom = self.find(atom)
         if atom not in self._roots:
             if atom.segments:
                 below = [self.roots(leaf) for leaf in self.leaves((atom,))]
@@ -282,4 +292,6 @@ class AxisAlgebra:
             else:
                 return frozenset((self.find(atom),))  # not kept: the representative may still change
             self._roots[atom] = frozenset().union(*below) if below else frozenset()
-        return frozenset(self.find(root) for root in self._roots[atom])
+        return frozenset(
+            r for root in self._roots[atom] for r in (self.roots(root) if self.find(root) is not root else (root,))
+        )

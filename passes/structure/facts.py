@@ -143,7 +143,7 @@ class AttentionSite:
     ``axis`` says which tokens look at each other: ``full``, or the sub-axes of a factorised attention such as
     ``frames`` or ``height × width``. ``layout`` is the order of the operands' dimensions (B batch, H heads, L length,
     D features); ``node`` makes the output, ``query``, ``key`` and ``value`` are the operand nodes. ``written`` says
-    whether it is one op or matrix products around a softmax.
+    whether it is one op, matrix products around a softmax, or linear attention, which has none.
     """
 
     name: str
@@ -165,7 +165,7 @@ class AttentionSite:
     rope: bool
     stack: str | None
     block: int | None
-    written: Literal["sdpa", "explicit"]
+    written: Literal["sdpa", "explicit", "linear"]
     query: str
     key: str
     value: str

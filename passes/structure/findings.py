@@ -8,6 +8,7 @@ from torch import fx
 
 from .facts import TimestepInput
 from .flow import CONVOLUTIONS, Dependence, Flow, dependence
+from .linear_attention import linear_site
 from .ops import graph_input, packet, shape, tensors, value
 from .products import Product, find_products
 from .rules import Walk, propagate
@@ -43,6 +44,7 @@ def find(graph: fx.Graph) -> Findings:
     walk, flow = propagate(graph), dependence(graph)
     products = find_products(graph, flow)
     sites = find_sites(graph, walk, flow)
+    sites += [site for node in graph.nodes if (site := linear_site(node, walk, flow)) is not None]
     largest = max((p.M * p.N * p.K for p in products), default=0)
     big = [p for p in products if largest <= 4 * p.M * p.N * p.K]
     rows = [dim for p in big for dim in walk.dims(p.source)[:-1] if not _is_batch(dim)]

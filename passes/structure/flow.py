@@ -66,7 +66,7 @@ class Dependence:
 def dependence(graph: fx.Graph) -> Dependence:
     """One pass over the graph: see :class:`Dependence`."""
     result = Dependence()
-    learning = _packets("linear embedding addmm baddbmm mm") | CONVOLUTIONS
+    learning = _packets("linear addmm baddbmm mm") | CONVOLUTIONS
     for node in graph.nodes:
         if node.op == "placeholder":
             fact = graph_input(node)
@@ -85,7 +85,8 @@ def dependence(graph: fx.Graph) -> Dependence:
         made_of = [result.weights[operand] for operand in operands if operand in result.weights]
         if made_of and not mask and packet(node) not in learning:
             result.weights[node] = made_of[0]
-        multiplies = packet(node) in (aten.matmul, aten.bmm, aten.einsum) and bool(made_of) and bool(mask)
+        # a table that comes in with the call is data: only a weight is learned
+        multiplies = packet(node) in (aten.matmul, aten.bmm, aten.einsum, aten.embedding) and bool(made_of)
         learns = packet(node) in learning or multiplies or any(operand in result.learned for operand in operands)
         if learns and mask:
             result.learned.add(node)

@@ -147,7 +147,7 @@ class Roles:
         """A linear read by linears of one attention role alone, nothing but a norm between, is a part of them."""
         for node in reversed(list(self.found.products)):
             readers = self.readers.get(node, [])
-            if node in self.roles or not readers or not self.found.on_tokens(node):
+            if node in self.roles or not readers or not self.found.on_tokens(node) or not self._inside(node):
                 continue
             said = {self.roles.get(reader.node) for reader in readers}
             plain = not any(reader.trace.activated or reader.trace.gated for reader in readers)
@@ -200,7 +200,7 @@ class Roles:
 
     def _is_low_rank_modulation(self, product: Product, embeds: list[Reader]) -> bool:
         """The first of two linears without activation between, the second of which modulates."""
-        if any(reader.trace.activated for reader in embeds):
+        if product.N >= product.K or any(reader.trace.activated for reader in embeds):
             return False
         return all(self._modulates(reader.node) for reader in embeds)
 

@@ -247,9 +247,9 @@ def _cat(walk: Walk, node: fx.Node) -> Axes:
     if any(len(dims) != rank for dims in operands):
         return walk.matched(node, sizes)
     joined = walk.algebra.concat([(dims[at], s[at]) for dims, s in zip(operands, shapes, strict=True)])
-    masked = [tuple(1 if i == at else size for i, size in enumerate(s)) for s in shapes]
-    rest = walk.broadcast(operands, masked, tuple(1 if i == at else size for i, size in enumerate(sizes)))
-    return (*rest[:at], joined, *rest[at + 1 :])
+    kept = [dims[:at] + dims[at + 1 :] for dims in operands]
+    rest = walk.broadcast(kept, [s[:at] + s[at + 1 :] for s in shapes], sizes[:at] + sizes[at + 1 :])
+    return (*rest[:at], joined, *rest[at:])
 
 
 def _stack(walk: Walk, node: fx.Node) -> Axes:
@@ -277,8 +277,18 @@ def _slice_scatter(walk: Walk, node: fx.Node) -> Axes:
     return (*rest[:at], joined, *rest[at + 1 :])
 
 
+def _select_scatter(walk: Walk, node: fx.Node) -> Axes:
+    """Writes ``source`` at one index: the other dimensions are the source's as much as the target's."""
+    target, source = tensors(node)[:2]
+    sizes, dims = shape(target) or (), walk.dims(target)
+    at = _index(argument(node, 2, "dim"), len(sizes))
+    kept = sizes[:at] + sizes[at + 1 :]
+    rest = walk.broadcast([dims[:at] + dims[at + 1 :], walk.dims(source)], [kept, shape(source) or ()], kept)
+    return (*rest[:at], dims[at], *rest[at:])
+
+
 def _first_operand(walk: Walk, node: fx.Node) -> Axes:
-    """Same shape as the first operand, whatever the others hold (``select_scatter``, ``index_put``, ``roll``)."""
+    """Same shape as the first operand, whatever the others hold (``index_put``, ``roll``)."""
     dims, _ = _first(walk, node)
     return dims
 
@@ -491,12 +501,14 @@ RULES: dict[Any, Rule] = _table(
     (_cat, "cat concat concatenate"),
     (_stack, "stack"),
     (_slice_scatter, "slice_scatter"),
-    (_first_operand, "type_as select_scatter index_put roll flip scatter scatter_add index_add masked_scatter"),
+    (_select_scatter, "select_scatter"),
+    (_first_operand, "type_as index_put roll flip scatter scatter_add index_add masked_scatter"),
     (_first_operand, "group_norm batch_norm instance_norm rms_norm layer_norm"),
     (_pixel_unshuffle, "pixel_unshuffle"),
     (_pixel_shuffle, "pixel_shuffle"),
     (_resized, "pad constant_pad_nd reflection_pad2d replication_pad2d upsample_nearest2d upsample_bilinear2d"),
-    (_resized, "upsample_bicubic2d upsample_linear1d upsample_trilinear3d avg_pool2d max_pool2d avg_pool1d avg_pool3d"),
+    (_resized, "upsample_bicubic2d upsample_linear1d upsample_trilinear3d"),
+    (_resized, "avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d"),
     (_resized, "adaptive_avg_pool2d adaptive_avg_pool1d upsample_nearest1d upsample_nearest3d"),
     (_indexed, "index"),
     (_gathered, "gather index_select take_along_dim"),
@@ -514,7 +526,8 @@ RULES: dict[Any, Rule] = _table(
     (_embedding, "embedding"),
     (_conv, "conv1d conv2d conv3d convolution"),
     (_layer_norm_native, "native_layer_norm native_group_norm"),
-    (_created, "arange linspace zeros ones full empty eye rand randn meshgrid scalar_tensor tri tril_indices"),
+    (_created, "new_ones new_zeros new_empty new_full zeros ones full empty eye rand randn"),
+    (_created, "arange linspace meshgrid scalar_tensor tril_indices triu_indices"),
     (_outer, "outer ger"),
     (_unfolded_complex, "view_as_real view_as_complex"),
     (_glu, "glu"),

@@ -23,6 +23,9 @@ _SCORES = _packets("matmul bmm baddbmm einsum")
 _ON_SCORES = VIEWS | _packets("mul div add sub masked_fill where clamp tanh nan_to_num float index_put")
 
 
+Written = Literal["sdpa", "explicit", "linear"]
+
+
 @dataclass(frozen=True)
 class Site:
     """An attention before anything is known about tokens; operands are nodes, dimensions carry axes."""
@@ -31,7 +34,7 @@ class Site:
     query: fx.Node
     key: fx.Node
     value: fx.Node
-    written: Literal["sdpa", "explicit"]
+    written: Written
     mask: MaskKind | None
     layout: str
     batch: int
@@ -97,7 +100,7 @@ def _make(
     key: fx.Node,
     val: fx.Node,
     walk: Walk,
-    written: Literal["sdpa", "explicit"],
+    written: Written,
     mask: MaskKind | None,
     *,
     q_axis: int,

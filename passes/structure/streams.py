@@ -54,7 +54,7 @@ def borders(found: Findings, blocks: Sequence[Sequence[fx.Node]]) -> Borders:
     shared = _shared(found, crossings, owner)
     if crossings:
         fresh = [e for e in crossings[0].entries if e.name not in shared or len(crossings) == 1]
-        keys[0] = _keyed(found, fresh)
+        keys[0] = _like(found, _keyed(found, fresh), names, keys[1] if len(keys) > 1 else {})
     outputs = [_outputs(found, crossings, came_from, keys, names, i) for i in range(len(crossings))]
     streams = tuple(_stream(key, names) for key in names)
     result: list[Block] = []
@@ -171,6 +171,19 @@ def _keyed(found: Findings, values: Sequence[fx.Node]) -> dict[Key, fx.Node]:
     return result
 
 
+def _like(found: Findings, held: dict[Key, fx.Node], names: list[Key], later: dict[Key, fx.Node]) -> dict[Key, fx.Node]:
+    """The first block's entries, with those whose axes have another origin matched to streams by their shape."""
+    result = {key: node for key, node in held.items() if key in names}
+    spare = [node for key, node in held.items() if key not in names]
+    for key in names:
+        if key not in result and key in later:
+            alike = [node for node in spare if shape(node) == shape(later[key])]
+            if alike:
+                result[key] = alike[0]
+                spare.remove(alike[0])
+    return result
+
+
 def _stream_keys(found: Findings, crossings: list[Crossing], keys: list[dict[Key, fx.Node]]) -> list[Key]:
     """The streams: what most blocks take over from the one before; for a single block, what it returns."""
     if len(crossings) > 1:
@@ -199,7 +212,10 @@ def _outputs(
 ) -> tuple[str | None, ...]:
     """The node of block ``i`` that each stream leaves by."""
     exits = crossings[i].exits
-    own = _keyed(found, exits)
+    before = crossings[i - 1].exits if i else []
+    sums = any(node in found.trace.residual for node in before)
+    # where the block before left its streams in residual sums, anything else that leaves this one is no stream
+    own = _keyed(found, [node for node in exits if not sums or node in found.trace.residual])
     result: list[str | None] = []
     for key in names:
         base: fx.Node | None = None

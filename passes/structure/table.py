@@ -154,8 +154,8 @@ def _in_front(site: AttentionSite) -> str:
         said.append("RoPE")
     if site.mask:
         said.append("causal" if site.mask == "causal" else f"{site.mask} mask")
-    if site.written == "explicit":
-        said.append("written out")
+    if site.written != "sdpa":
+        said.append("written out" if site.written == "explicit" else "linear, no softmax")
     return ", ".join(said) or "–"
 
 

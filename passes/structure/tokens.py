@@ -126,9 +126,15 @@ def _inner(tokens: Tokens, atom: Atom) -> int:
     return atom.parents[0].size // atom.size if atom.index == 0 else atom.size
 
 
+Ranks = dict[str, tuple[int, bool]]
+"""By input, in order: its number of dimensions, and whether it is a weight."""
+
+
 def _name(graph: fx.Graph, walk: Walk, flow: Dependence, tokens: Tokens) -> None:
     """Groups token atoms by the input that brings them in, and names the axes of its grid."""
     content = _content_inputs(graph, flow)
+    ranks = {fact.name: (len(shape(n) or ()), fact.is_weight) for n in graph.nodes if (fact := graph_input(n))}
+    order = {name: i for i, name in enumerate(ranks)}
     groups: dict[str, dict[int, Atom]] = {}
     places: dict[Atom, tuple[str, int]] = {}
     nameless = 0
@@ -136,7 +142,7 @@ def _name(graph: fx.Graph, walk: Walk, flow: Dependence, tokens: Tokens) -> None
         for root in tokens.algebra.roots(atom):
             if root.rank == FEATURE:
                 continue
-            named = _content_member(tokens.algebra, root, content)
+            named = _content_member(tokens.algebra, root, content, ranks)
             if not named.source:
                 nameless = max(nameless, atom.size)
                 continue
@@ -147,8 +153,6 @@ def _name(graph: fx.Graph, walk: Walk, flow: Dependence, tokens: Tokens) -> None
             places[root] = (named.source, named.dim)
     if nameless and not groups:
         tokens.notes.append(f"Attention runs over {nameless} positions whose origin is not visible in the graph.")
-    ranks = {fact.name: (len(shape(n) or ()), fact.is_weight) for n in graph.nodes if (fact := graph_input(n))}
-    order = {name: i for i, name in enumerate(ranks)}
     for name in sorted(groups, key=lambda n: order.get(n, 0)):
         axis, called = _axis(name, groups[name], *ranks.get(name, (3, False)))
         tokens.axes.append(axis)
@@ -187,10 +191,17 @@ def _content_inputs(graph: fx.Graph, flow: Dependence) -> set[str]:
     return found
 
 
-def _content_member(algebra: AxisAlgebra, root: Atom, content: set[str]) -> Atom:
-    """Of the inputs known to share an axis, the one that tokens are made of."""
-    members = algebra.members(root)
-    return max(members, key=lambda atom: (atom.source in content, bool(atom.source), atom.dim > 0))
+def _content_member(algebra: AxisAlgebra, root: Atom, content: set[str], ranks: Ranks) -> Atom:
+    """Of the inputs known to share an axis, the first that tokens are made of: it has features (a mask has none)."""
+    order = {name: i for i, name in enumerate(ranks)}
+    members = [atom for atom in algebra.members(root) if not atom.relation]
+    members.sort(key=lambda atom: order.get(atom.source, len(order)))
+    return max(members, key=lambda atom: _content(atom, content, ranks), default=root)
+
+
+def _content(atom: Atom, content: set[str], ranks: Ranks) -> tuple[bool, bool, bool]:
+    rank, _ = ranks.get(atom.source, (0, False))
+    return atom.source in content and rank > 2, atom.source in content, bool(atom.source) and atom.dim > 0
 
 
 def _main(graph: fx.Graph, walk: Walk, tokens: Tokens) -> TokenAxis | None:

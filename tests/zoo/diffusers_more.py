@@ -31,13 +31,24 @@ def sana() -> Built:
     from diffusers import SanaTransformer2DModel
 
     model = SanaTransformer2DModel(
-        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=12, num_layers=3,
-        num_cross_attention_heads=2, cross_attention_head_dim=12, cross_attention_dim=24, caption_channels=20,
-        sample_size=8, qk_norm="rms_norm_across_heads", guidance_embeds=True,
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        num_layers=3,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=12,
+        cross_attention_dim=24,
+        caption_channels=20,
+        sample_size=8,
+        qk_norm="rms_norm_across_heads",
+        guidance_embeds=True,
     )
     kwargs = {
-        "hidden_states": _latents(4, 8, 8), "encoder_hidden_states": _latents(7, 20),
-        "timestep": torch.tensor([0.3, 0.7]), "guidance": torch.tensor([4.5, 4.5]),
+        "hidden_states": _latents(4, 8, 8),
+        "encoder_hidden_states": _latents(7, 20),
+        "timestep": torch.tensor([0.3, 0.7]),
+        "guidance": torch.tensor([4.5, 4.5]),
     }
     return model, (), kwargs
 
@@ -46,11 +57,18 @@ def auraflow() -> Built:
     from diffusers import AuraFlowTransformer2DModel
 
     model = AuraFlowTransformer2DModel(
-        sample_size=8, num_mmdit_layers=2, num_single_dit_layers=3, attention_head_dim=12, num_attention_heads=2,
-        joint_attention_dim=20, caption_projection_dim=24, pos_embed_max_size=64,
+        sample_size=8,
+        num_mmdit_layers=2,
+        num_single_dit_layers=3,
+        attention_head_dim=12,
+        num_attention_heads=2,
+        joint_attention_dim=20,
+        caption_projection_dim=24,
+        pos_embed_max_size=64,
     )
     kwargs = {
-        "hidden_states": _latents(4, 8, 8), "encoder_hidden_states": _latents(7, 20),
+        "hidden_states": _latents(4, 8, 8),
+        "encoder_hidden_states": _latents(7, 20),
         "timestep": torch.tensor([0.3, 0.7]),
     }
     return model, (), kwargs
@@ -60,13 +78,24 @@ def cogvideox() -> Built:
     from diffusers import CogVideoXTransformer3DModel
 
     model = CogVideoXTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, time_embed_dim=16,
-        text_embed_dim=20, num_layers=3, sample_width=8, sample_height=8, sample_frames=9, max_text_seq_length=7,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=16,
+        text_embed_dim=20,
+        num_layers=3,
+        sample_width=8,
+        sample_height=8,
+        sample_frames=9,
+        max_text_seq_length=7,
         use_rotary_positional_embeddings=True,
     )
     kwargs = {
-        "hidden_states": _latents(3, 4, 8, 8), "encoder_hidden_states": _latents(7, 20),
-        "timestep": torch.tensor([3, 7]), "image_rotary_emb": _rope(48, 12),
+        "hidden_states": _latents(3, 4, 8, 8),
+        "encoder_hidden_states": _latents(7, 20),
+        "timestep": torch.tensor([3, 7]),
+        "image_rotary_emb": _rope(48, 12),
     }
     return model, (), kwargs
 
@@ -75,12 +104,20 @@ def mochi() -> Built:
     from diffusers import MochiTransformer3DModel
 
     model = MochiTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=12, num_layers=3, pooled_projection_dim=16, in_channels=4,
-        text_embed_dim=20, time_embed_dim=8, max_sequence_length=8,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        num_layers=3,
+        pooled_projection_dim=16,
+        in_channels=4,
+        text_embed_dim=24,
+        time_embed_dim=8,
+        max_sequence_length=8,
     )
     kwargs = {
-        "hidden_states": _latents(4, 3, 8, 8), "encoder_hidden_states": _latents(7, 20),
-        "timestep": torch.tensor([3, 7]), "encoder_attention_mask": torch.ones(B, 7).bool(),
+        "hidden_states": _latents(4, 3, 8, 8),
+        "encoder_hidden_states": _latents(7, 24),
+        "timestep": torch.tensor([3, 7]),
+        "encoder_attention_mask": torch.ones(B, 7).bool(),
     }
     return model, (), kwargs
 
@@ -89,13 +126,21 @@ def allegro() -> Built:
     from diffusers import AllegroTransformer3DModel
 
     model = AllegroTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=12, num_layers=3, cross_attention_dim=24, sample_height=8,
-        sample_width=8, sample_frames=3, caption_channels=20,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        num_layers=3,
+        cross_attention_dim=24,
+        sample_height=8,
+        sample_width=8,
+        sample_frames=3,
+        caption_channels=20,
     )
     positions = [torch.arange(48) % size for size in (3, 4, 4)]
     kwargs = {
-        "hidden_states": _latents(4, 3, 8, 8), "encoder_hidden_states": _latents(7, 20),
-        "timestep": torch.tensor([3, 7]), "attention_mask": torch.ones(B, 3, 8, 8),
+        "hidden_states": _latents(4, 3, 8, 8),
+        "encoder_hidden_states": _latents(7, 20),
+        "timestep": torch.tensor([3, 7]),
+        "attention_mask": torch.ones(B, 3, 8, 8),
         "encoder_attention_mask": torch.ones(B, 7),
         "image_rotary_emb": (tuple(_rope(4, 4) for _ in range(3)), tuple(p[None] for p in positions)),
     }
@@ -106,12 +151,24 @@ def latte() -> Built:
     from diffusers import LatteTransformer3DModel
 
     model = LatteTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=8, num_layers=3,
-        cross_attention_dim=24, sample_size=8, patch_size=2, num_embeds_ada_norm=10, norm_type="ada_norm_single",
-        norm_elementwise_affine=False, caption_channels=20, video_length=3, activation_fn="gelu-approximate",
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=8,
+        num_layers=3,
+        cross_attention_dim=24,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=10,
+        norm_type="ada_norm_single",
+        norm_elementwise_affine=False,
+        caption_channels=20,
+        video_length=3,
+        activation_fn="gelu-approximate",
     )
     kwargs = {
-        "hidden_states": _latents(4, 3, 8, 8), "encoder_hidden_states": _latents(7, 20),
+        "hidden_states": _latents(4, 3, 8, 8),
+        "encoder_hidden_states": _latents(7, 20),
         "timestep": torch.tensor([3, 7]),
     }
     return model, (), kwargs
@@ -121,13 +178,23 @@ def chroma() -> Built:
     from diffusers import ChromaTransformer2DModel
 
     model = ChromaTransformer2DModel(
-        in_channels=8, num_layers=2, num_single_layers=3, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=20, axes_dims_rope=(4, 6, 6), approximator_num_channels=16, approximator_hidden_dim=24,
+        in_channels=8,
+        num_layers=2,
+        num_single_layers=3,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=20,
+        axes_dims_rope=(4, 6, 6),
+        approximator_num_channels=16,
+        approximator_hidden_dim=24,
         approximator_layers=2,
     )
     kwargs = {
-        "hidden_states": _latents(16, 8), "timestep": torch.tensor([0.3, 0.7]),
-        "encoder_hidden_states": _latents(7, 20), "img_ids": _grid(4, 4), "txt_ids": torch.zeros(7, 3),
+        "hidden_states": _latents(16, 8),
+        "timestep": torch.tensor([0.3, 0.7]),
+        "encoder_hidden_states": _latents(7, 20),
+        "img_ids": _grid(4, 4),
+        "txt_ids": torch.zeros(7, 3),
         "attention_mask": torch.ones(B, 23).bool(),
     }
     return model, (), kwargs
@@ -137,16 +204,30 @@ def hunyuan_dit() -> Built:
     from diffusers import HunyuanDiT2DModel
 
     model = HunyuanDiT2DModel(
-        num_attention_heads=2, attention_head_dim=12, in_channels=4, patch_size=2, sample_size=8, hidden_size=24,
-        num_layers=4, cross_attention_dim=20, cross_attention_dim_t5=18, pooled_projection_dim=16, text_len=7,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        patch_size=2,
+        sample_size=8,
+        hidden_size=24,
+        num_layers=4,
+        cross_attention_dim=20,
+        cross_attention_dim_t5=16,
+        pooled_projection_dim=16,
+        text_len=7,
         text_len_t5=5,
     )
     kwargs = {
-        "hidden_states": _latents(4, 8, 8), "timestep": torch.tensor([3.0, 7.0]),
-        "encoder_hidden_states": _latents(7, 20), "text_embedding_mask": torch.ones(B, 7),
-        "encoder_hidden_states_t5": _latents(5, 18), "text_embedding_mask_t5": torch.ones(B, 5),
-        "image_meta_size": torch.ones(B, 6), "style": torch.zeros(B, dtype=torch.long),
-        "image_rotary_emb": _rope(16, 12), "return_dict": False,
+        "hidden_states": _latents(4, 8, 8),
+        "timestep": torch.tensor([3.0, 7.0]),
+        "encoder_hidden_states": _latents(7, 20),
+        "text_embedding_mask": torch.ones(B, 7),
+        "encoder_hidden_states_t5": _latents(5, 16),
+        "text_embedding_mask_t5": torch.ones(B, 5),
+        "image_meta_size": torch.ones(B, 6),
+        "style": torch.zeros(B, dtype=torch.long),
+        "image_rotary_emb": _rope(16, 12),
+        "return_dict": False,
     }
     return model, (), kwargs
 
@@ -155,12 +236,20 @@ def bria() -> Built:
     from diffusers.models.transformers.transformer_bria import BriaTransformer2DModel
 
     model = BriaTransformer2DModel(
-        in_channels=8, num_layers=2, num_single_layers=3, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=20, axes_dims_rope=[4, 6, 6],
+        in_channels=8,
+        num_layers=2,
+        num_single_layers=3,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=20,
+        axes_dims_rope=[4, 6, 6],
     )
     kwargs = {
-        "hidden_states": _latents(16, 8), "timestep": torch.tensor([300.0, 700.0]),
-        "encoder_hidden_states": _latents(7, 20), "img_ids": _grid(4, 4), "txt_ids": torch.zeros(7, 3),
+        "hidden_states": _latents(16, 8),
+        "timestep": torch.tensor([300.0, 700.0]),
+        "encoder_hidden_states": _latents(7, 20),
+        "img_ids": _grid(4, 4),
+        "txt_ids": torch.zeros(7, 3),
     }
     return model, (), kwargs
 
@@ -169,13 +258,22 @@ def kandinsky5() -> Built:
     from diffusers.models.transformers.transformer_kandinsky import Kandinsky5Transformer3DModel
 
     model = Kandinsky5Transformer3DModel(
-        in_text_dim=20, in_text_dim2=14, time_dim=16, model_dim=32, ff_dim=48, num_text_blocks=2,
-        num_visual_blocks=3, axes_dims=(4, 6, 6),
+        in_text_dim=20,
+        in_text_dim2=14,
+        time_dim=16,
+        model_dim=32,
+        ff_dim=48,
+        num_text_blocks=2,
+        num_visual_blocks=3,
+        axes_dims=(4, 6, 6),
     )
     kwargs = {
-        "hidden_states": _latents(2, 8, 8, 4), "encoder_hidden_states": _latents(7, 20),
-        "timestep": torch.tensor([300.0, 700.0]), "pooled_projections": _latents(14),
-        "visual_rope_pos": [torch.arange(2), torch.arange(4), torch.arange(4)], "text_rope_pos": torch.arange(7),
+        "hidden_states": _latents(2, 8, 8, 4),
+        "encoder_hidden_states": _latents(7, 20),
+        "timestep": torch.tensor([300.0, 700.0]),
+        "pooled_projections": _latents(14),
+        "visual_rope_pos": [torch.arange(2), torch.arange(4), torch.arange(4)],
+        "text_rope_pos": torch.arange(7),
     }
     return model, (), kwargs
 
@@ -184,13 +282,23 @@ def stable_audio() -> Built:
     from diffusers import StableAudioDiTModel
 
     model = StableAudioDiTModel(
-        sample_size=16, in_channels=6, num_layers=3, attention_head_dim=8, num_attention_heads=4,
-        num_key_value_attention_heads=2, out_channels=6, cross_attention_dim=16, time_proj_dim=12,
-        global_states_input_dim=18, cross_attention_input_dim=20,
+        sample_size=16,
+        in_channels=6,
+        num_layers=3,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        num_key_value_attention_heads=2,
+        out_channels=6,
+        cross_attention_dim=16,
+        time_proj_dim=12,
+        global_states_input_dim=18,
+        cross_attention_input_dim=20,
     )
     kwargs = {
-        "hidden_states": _latents(6, 16), "timestep": torch.tensor([0.3, 0.7]),
-        "encoder_hidden_states": _latents(7, 20), "global_hidden_states": _latents(1, 18),
+        "hidden_states": _latents(6, 16),
+        "timestep": torch.tensor([0.3, 0.7]),
+        "encoder_hidden_states": _latents(7, 20),
+        "global_hidden_states": _latents(1, 18),
         "rotary_embedding": _rope(17, 4),
     }
     return model, (), kwargs
@@ -200,11 +308,19 @@ def skyreels_v2() -> Built:
     from diffusers.models.transformers.transformer_skyreels_v2 import SkyReelsV2Transformer3DModel
 
     model = SkyReelsV2Transformer3DModel(
-        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=20, freq_dim=16,
-        ffn_dim=32, num_layers=3, rope_max_seq_len=32,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=20,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=3,
+        rope_max_seq_len=32,
     )
     kwargs = {
-        "hidden_states": _latents(4, 3, 8, 8), "timestep": torch.tensor([3, 7]),
+        "hidden_states": _latents(4, 3, 8, 8),
+        "timestep": torch.tensor([3, 7]),
         "encoder_hidden_states": _latents(7, 20),
     }
     return model, (), kwargs
@@ -214,12 +330,23 @@ def wan_vace() -> Built:
     from diffusers import WanVACETransformer3DModel
 
     model = WanVACETransformer3DModel(
-        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=20, freq_dim=16,
-        ffn_dim=32, num_layers=4, rope_max_seq_len=32, vace_layers=[0, 2], vace_in_channels=6,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=20,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=4,
+        rope_max_seq_len=32,
+        vace_layers=[0, 2],
+        vace_in_channels=6,
     )
     kwargs = {
-        "hidden_states": _latents(4, 3, 8, 8), "timestep": torch.tensor([3, 7]),
-        "encoder_hidden_states": _latents(7, 20), "control_hidden_states": _latents(6, 3, 8, 8),
+        "hidden_states": _latents(4, 3, 8, 8),
+        "timestep": torch.tensor([3, 7]),
+        "encoder_hidden_states": _latents(7, 20),
+        "control_hidden_states": _latents(6, 3, 8, 8),
     }
     return model, (), kwargs
 
@@ -228,14 +355,28 @@ def ltx2() -> Built:
     from diffusers.models.transformers.transformer_ltx2 import LTX2VideoTransformer3DModel
 
     model = LTX2VideoTransformer3DModel(
-        in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=16, cross_attention_dim=32,
-        audio_in_channels=6, audio_out_channels=6, audio_num_attention_heads=2, audio_attention_head_dim=8,
-        audio_cross_attention_dim=16, num_layers=2, caption_channels=20,
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        cross_attention_dim=32,
+        audio_in_channels=6,
+        audio_out_channels=6,
+        audio_num_attention_heads=2,
+        audio_attention_head_dim=8,
+        audio_cross_attention_dim=16,
+        num_layers=2,
+        caption_channels=20,
     )
     kwargs = {
-        "hidden_states": _latents(24, 8), "audio_hidden_states": _latents(5, 6),
-        "encoder_hidden_states": _latents(7, 20), "audio_encoder_hidden_states": _latents(7, 20),
-        "timestep": torch.tensor([3.0, 7.0])[:, None], "num_frames": 2, "height": 3, "width": 4,
+        "hidden_states": _latents(24, 8),
+        "audio_hidden_states": _latents(5, 6),
+        "encoder_hidden_states": _latents(7, 20),
+        "audio_encoder_hidden_states": _latents(7, 20),
+        "timestep": torch.tensor([3.0, 7.0])[:, None],
+        "num_frames": 2,
+        "height": 3,
+        "width": 4,
         "audio_num_frames": 5,
     }
     return model, (), kwargs
@@ -245,13 +386,26 @@ def cogview4() -> Built:
     from diffusers import CogView4Transformer2DModel
 
     model = CogView4Transformer2DModel(
-        in_channels=4, out_channels=4, num_layers=3, attention_head_dim=12, num_attention_heads=2, text_embed_dim=20,
-        time_embed_dim=16, condition_dim=8, pos_embed_max_size=8, sample_size=8, rope_axes_dim=(6, 6),
+        in_channels=4,
+        out_channels=4,
+        num_layers=3,
+        attention_head_dim=12,
+        num_attention_heads=2,
+        text_embed_dim=20,
+        time_embed_dim=16,
+        condition_dim=8,
+        pos_embed_max_size=8,
+        sample_size=8,
+        rope_axes_dim=(6, 6),
     )
     sizes = torch.tensor([[8.0, 8.0]] * B)
     kwargs = {
-        "hidden_states": _latents(4, 8, 8), "encoder_hidden_states": _latents(7, 20), "timestep": torch.tensor([3, 7]),
-        "original_size": sizes, "target_size": sizes, "crop_coords": torch.zeros(B, 2),
+        "hidden_states": _latents(4, 8, 8),
+        "encoder_hidden_states": _latents(7, 20),
+        "timestep": torch.tensor([3, 7]),
+        "original_size": sizes,
+        "target_size": sizes,
+        "crop_coords": torch.zeros(B, 2),
     }
     return model, (), kwargs
 
@@ -260,12 +414,23 @@ def lumina2() -> Built:
     from diffusers import Lumina2Transformer2DModel
 
     model = Lumina2Transformer2DModel(
-        sample_size=8, in_channels=4, hidden_size=24, num_layers=3, num_refiner_layers=2, num_attention_heads=2,
-        num_kv_heads=1, multiple_of=8, axes_dim_rope=(4, 4, 4), axes_lens=(32, 16, 16), cap_feat_dim=20,
+        sample_size=8,
+        in_channels=4,
+        hidden_size=24,
+        num_layers=3,
+        num_refiner_layers=2,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=8,
+        axes_dim_rope=(4, 4, 4),
+        axes_lens=(32, 16, 16),
+        cap_feat_dim=20,
     )
     kwargs = {
-        "hidden_states": _latents(4, 8, 8), "timestep": torch.tensor([0.3, 0.7]),
-        "encoder_hidden_states": _latents(7, 20), "encoder_attention_mask": torch.ones(B, 7).bool(),
+        "hidden_states": _latents(4, 8, 8),
+        "timestep": torch.tensor([0.3, 0.7]),
+        "encoder_hidden_states": _latents(7, 20),
+        "encoder_attention_mask": torch.ones(B, 7).bool(),
     }
     return model, (), kwargs
 
@@ -274,16 +439,28 @@ def omnigen() -> Built:
     from diffusers import OmniGenTransformer2DModel
 
     model = OmniGenTransformer2DModel(
-        hidden_size=24, num_attention_heads=2, num_key_value_heads=2, intermediate_size=32, num_layers=3,
-        pad_token_id=0, vocab_size=50, max_position_embeddings=64, original_max_position_embeddings=64,
-        pos_embed_max_size=8, time_step_dim=16,
+        hidden_size=24,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=32,
+        num_layers=3,
+        pad_token_id=0,
+        vocab_size=50,
+        max_position_embeddings=64,
+        original_max_position_embeddings=64,
+        pos_embed_max_size=8,
+        time_step_dim=16,
         rope_scaling={"short_factor": [1.0] * 6, "long_factor": [1.0] * 6, "type": "su"},
     )
     total = 5 + 1 + 16
     kwargs = {
-        "hidden_states": _latents(4, 8, 8), "timestep": torch.tensor([0.3, 0.7]),
-        "input_ids": torch.randint(1, 50, (B, 5)), "input_img_latents": [], "input_image_sizes": {},
-        "attention_mask": torch.ones(B, total, total), "position_ids": torch.arange(total).repeat(B, 1),
+        "hidden_states": _latents(4, 8, 8),
+        "timestep": torch.tensor([0.3, 0.7]),
+        "input_ids": torch.randint(1, 50, (B, 5)),
+        "input_img_latents": [],
+        "input_image_sizes": {},
+        "attention_mask": torch.ones(B, total, total),
+        "position_ids": torch.arange(total).repeat(B, 1),
     }
     return model, (), kwargs
 
@@ -292,12 +469,22 @@ def easyanimate() -> Built:
     from diffusers.models.transformers.transformer_easyanimate import EasyAnimateTransformer3DModel
 
     model = EasyAnimateTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, patch_size=2, num_layers=3,
-        mmdit_layers=2, time_embed_dim=16, text_embed_dim=20, sample_width=8, sample_height=8,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        patch_size=2,
+        num_layers=3,
+        mmdit_layers=2,
+        time_embed_dim=16,
+        text_embed_dim=20,
+        sample_width=8,
+        sample_height=8,
         add_noise_in_inpaint_model=False,
     )
     kwargs = {
-        "hidden_states": _latents(4, 3, 8, 8), "timestep": torch.tensor([3, 7]),
+        "hidden_states": _latents(4, 3, 8, 8),
+        "timestep": torch.tensor([3, 7]),
         "encoder_hidden_states": _latents(7, 20),
     }
     return model, (), kwargs
@@ -307,15 +494,24 @@ def lumina_next() -> Built:
     from diffusers import LuminaNextDiT2DModel
 
     model = LuminaNextDiT2DModel(
-        sample_size=8, in_channels=4, hidden_size=24, num_layers=3, num_attention_heads=2, num_kv_heads=1,
-        multiple_of=8, cross_attention_dim=20,
+        sample_size=8,
+        in_channels=4,
+        hidden_size=24,
+        num_layers=3,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=8,
+        cross_attention_dim=20,
     )
     from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
 
     kwargs = {
-        "hidden_states": _latents(4, 8, 8), "timestep": torch.tensor([0.3, 0.7]),
-        "encoder_hidden_states": _latents(7, 20), "encoder_mask": torch.ones(B, 7),
-        "image_rotary_emb": get_2d_rotary_pos_embed_lumina(12, 8, 8), "cross_attention_kwargs": {},
+        "hidden_states": _latents(4, 8, 8),
+        "timestep": torch.tensor([0.3, 0.7]),
+        "encoder_hidden_states": _latents(7, 20),
+        "encoder_mask": torch.ones(B, 7),
+        "image_rotary_emb": get_2d_rotary_pos_embed_lumina(12, 8, 8),
+        "cross_attention_kwargs": {},
     }
     return model, (), kwargs
 
@@ -324,12 +520,21 @@ def hunyuan_image() -> Built:
     from diffusers.models.transformers.transformer_hunyuanimage import HunyuanImageTransformer2DModel
 
     model = HunyuanImageTransformer2DModel(
-        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=2,
-        num_single_layers=2, num_refiner_layers=2, text_embed_dim=20, rope_axes_dim=(8, 8),
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=2,
+        num_single_layers=2,
+        num_refiner_layers=2,
+        text_embed_dim=20,
+        rope_axes_dim=(8, 8),
     )
     kwargs = {
-        "hidden_states": _latents(4, 4, 4), "timestep": torch.tensor([3, 7]),
-        "encoder_hidden_states": _latents(7, 20), "encoder_attention_mask": torch.ones(B, 7),
+        "hidden_states": _latents(4, 4, 4),
+        "timestep": torch.tensor([3.0, 7.0]),
+        "encoder_hidden_states": _latents(7, 20),
+        "encoder_attention_mask": torch.ones(B, 7),
     }
     return model, (), kwargs
 
@@ -338,11 +543,19 @@ def prx() -> Built:
     from diffusers.models.transformers.transformer_prx import PRXTransformer2DModel
 
     model = PRXTransformer2DModel(
-        in_channels=4, context_in_dim=20, hidden_size=24, mlp_ratio=2.0, num_heads=2, depth=3, axes_dim=[6, 6],
+        in_channels=4,
+        context_in_dim=20,
+        hidden_size=24,
+        mlp_ratio=2.0,
+        num_heads=2,
+        depth=3,
+        axes_dim=[6, 6],
     )
     kwargs = {
-        "hidden_states": _latents(4, 8, 8), "timestep": torch.tensor([0.3, 0.7]),
-        "encoder_hidden_states": _latents(7, 20), "attention_mask": torch.ones(B, 7).bool(),
+        "hidden_states": _latents(4, 8, 8),
+        "timestep": torch.tensor([0.3, 0.7]),
+        "encoder_hidden_states": _latents(7, 20),
+        "attention_mask": torch.ones(B, 7).bool(),
     }
     return model, (), kwargs
 
@@ -351,8 +564,15 @@ def z_image() -> Built:
     from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
 
     model = ZImageTransformer2DModel(
-        in_channels=4, dim=32, n_layers=3, n_refiner_layers=2, n_heads=2, n_kv_heads=2, cap_feat_dim=20,
-        axes_dims=[4, 6, 6], axes_lens=[64, 16, 16],
+        in_channels=4,
+        dim=32,
+        n_layers=3,
+        n_refiner_layers=2,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=20,
+        axes_dims=[4, 6, 6],
+        axes_lens=[64, 16, 16],
     )
     return model, ([torch.randn(4, 1, 8, 8)], torch.tensor([0.3]), [torch.randn(32, 20)]), {}
 
@@ -361,14 +581,27 @@ def hidream() -> Built:
     from diffusers import HiDreamImageTransformer2DModel
 
     model = HiDreamImageTransformer2DModel(
-        patch_size=2, in_channels=4, out_channels=4, num_layers=2, num_single_layers=2, attention_head_dim=16,
-        num_attention_heads=2, caption_channels=[20, 18], text_emb_dim=14, num_routed_experts=2,
-        num_activated_experts=1, axes_dims_rope=(8, 4, 4), max_resolution=(16, 16), llama_layers=[0, 1, 1, 1],
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        caption_channels=[20, 18],
+        text_emb_dim=14,
+        num_routed_experts=2,
+        num_activated_experts=1,
+        axes_dims_rope=(8, 4, 4),
+        max_resolution=(16, 16),
+        llama_layers=[0, 1, 1, 1],
         force_inference_output=True,
     )
     kwargs = {
-        "hidden_states": _latents(4, 8, 8), "timesteps": torch.tensor([3, 7]),
-        "encoder_hidden_states_t5": _latents(7, 20), "encoder_hidden_states_llama3": torch.randn(2, B, 7, 18),
+        "hidden_states": _latents(4, 8, 8),
+        "timesteps": torch.tensor([3, 7]),
+        "encoder_hidden_states_t5": _latents(7, 20),
+        "encoder_hidden_states_llama3": torch.randn(2, B, 7, 18),
         "pooled_embeds": _latents(14),
     }
     return model, (), kwargs

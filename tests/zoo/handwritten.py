@@ -1,4 +1,4 @@
-"""Diffusion transformers by hand, each written in another style: name → a function that returns (model, args, kwargs)."""
+"""Diffusion transformers by hand, each in another style: name → a function that returns (model, args, kwargs)."""
 
 from __future__ import annotations
 
@@ -554,7 +554,11 @@ class LowRank(nn.Module):
 
     def __init__(self, width: int, out: int) -> None:
         super().__init__()
-        self.base, self.a, self.b = nn.Linear(width, out), nn.Linear(width, 4, bias=False), nn.Linear(4, out, bias=False)
+        self.base, self.a, self.b = (
+            nn.Linear(width, out),
+            nn.Linear(width, 4, bias=False),
+            nn.Linear(4, out, bias=False),
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.base(x) + self.b(self.a(x)) * 0.5
