@@ -150,7 +150,7 @@ def main(
     }
     out.mkdir(parents=True, exist_ok=True)
     save_file(classifier.state_dict(), out / FILE)
-    (out / "classifier.json").write_text(json.dumps(result, indent=2) + "\n")
+    (out / "classifier.json").write_text(json.dumps(result, indent=2) + "\n", "utf-8")
     typer.echo(json.dumps(result, indent=2))
 
 

@@ -136,17 +136,19 @@ def main(
         draw_clips(denoiser, labels[i : i + batch], seeds[i : i + batch], steps=steps, guidance=guidance)
         for i in track(range(0, clips, batch), description="Generating clips")
     ]
-    results = {"generated": measure_clips(classifier, torch.cat(parts), labels), **measure_floor(classifier, clips)}
+    rows = {"generated": measure_clips(classifier, torch.cat(parts), labels), **measure_floor(classifier, clips)}
     figures = {
+        "command": f"python -m ditc.examples.digits.evaluate --clips {clips} --steps {steps} --guidance {guidance:g}",
+        "clips": clips,
         "steps": steps,
         "guidance": guidance,
         "seed": seed,
-        **{name: asdict(quality) for name, quality in results.items()},
+        "rows": {name: asdict(quality) for name, quality in rows.items()},
     }
     text = json.dumps(figures, indent=2)
     typer.echo(text)
     if out is not None:
-        out.write_text(text + "\n")
+        out.write_text(text + "\n", "utf-8")
 
 
 if __name__ == "__main__":

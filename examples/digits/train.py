@@ -160,7 +160,7 @@ def export(model: nn.Module, folder: Path) -> None:
 
 def append_record(path: Path, record: dict[str, Any]) -> None:
     """Append one line of JSON."""
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
 
 
@@ -168,8 +168,8 @@ def drop_records_after(path: Path, step: int) -> None:
     """Forget what a killed run logged after its last checkpoint: those steps are taken again."""
     if not path.exists():
         return
-    kept = [line for line in path.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= step]
-    path.write_text("".join(kept))
+    kept = [line for line in path.read_text("utf-8").splitlines(keepends=True) if json.loads(line)["step"] <= step]
+    path.write_text("".join(kept), "utf-8")
 
 
 def pick_device(name: str) -> str:

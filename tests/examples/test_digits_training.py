@@ -217,5 +217,5 @@ def test_export_replaces_an_earlier_export(tmp_path: Path) -> None:
 
 
 def test_weights_that_are_not_there_are_reported(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="config.json"):
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
         load_transformer(tmp_path)
