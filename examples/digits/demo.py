@@ -108,7 +108,7 @@ def run_demo(
     began = time.perf_counter()
     chosen = tuple(candidates() if entrants is None else entrants)
     bar = Progress(disable=True) if progress is None else progress
-    model, judge = load_transformer(), load_classifier()
+    model = load_transformer()
     task = bar.add_task("setting up", total=len(chosen) * clips_per_digit * steps)
     runners: dict[str, Callable[..., Any]] = {}
     set_up: dict[str, float] = {}
@@ -116,20 +116,18 @@ def run_demo(
         bar.update(task, description=f"setting up {candidate.name}")
         runners[candidate.name], set_up[candidate.name] = _set_up(candidate, model, guidance)
 
-    labels = torch.arange(CLASSES)
     videos: dict[str, list[Tensor]] = {name: [] for name in runners}
     times: dict[str, list[float]] = {name: [] for name in runners}
     for batch in range(clips_per_digit):
-        seeds = range(seed + batch * CLASSES, seed + (batch + 1) * CLASSES)
         # a different one goes first each time: none always runs on a machine that has just rested
-        order = [*runners][batch % len(runners) :] + [*runners][: batch % len(runners)]
-        for name in order:
+        first = batch % len(runners)
+        for name in [*runners][first:] + [*runners][:first]:
             bar.update(task, description=f"generating with {name}")
             start = time.perf_counter()
             video = draw_clips(
                 denoiser_of(runners[name]),
-                labels,
-                seeds,
+                torch.arange(CLASSES),
+                range(seed + batch * CLASSES, seed + (batch + 1) * CLASSES),
                 steps=steps,
                 guidance=guidance,
                 progress=lambda _done, _total: bar.advance(task),
@@ -139,25 +137,32 @@ def run_demo(
 
     bar.update(task, description="measuring")
     joined = {name: torch.cat(parts) for name, parts in videos.items()}
-    asked = labels.repeat(clips_per_digit)
-    clips, reference = len(asked), next(iter(joined))
-    real = real_clips(clips)[0]
-    per_clip = {name: statistics.median(measured) for name, measured in times.items()}
+    rows, held_out = _measure(joined, set_up, {name: statistics.median(measured) for name, measured in times.items()})
+    bar.update(task, description="done")
+    return DemoResult(rows, held_out, joined, time.perf_counter() - began)
+
+
+def _measure(
+    videos: dict[str, Tensor], set_up: dict[str, float], per_clip: dict[str, float]
+) -> tuple[tuple[Row, ...], Quality]:
+    """The rows of the table, the first candidate being the reference, and the figures of as many real clips."""
+    judge = load_classifier()
+    reference, expected = next(iter(videos.items()))
+    asked = torch.arange(len(expected)) % CLASSES
+    real = real_clips(len(asked))[0]
     rows = tuple(
         Row(
             name=name,
             set_up=set_up[name],
             seconds_per_clip=per_clip[name],
             speed_up=per_clip[reference] / per_clip[name],
-            psnr=_mean(psnr(video, joined[reference], value_range=_VALUE_RANGE)) if name != reference else None,
-            ssim=_mean(ssim(video, joined[reference], value_range=_VALUE_RANGE)) if name != reference else None,
+            psnr=_mean(psnr(video, expected, value_range=_VALUE_RANGE)) if name != reference else None,
+            ssim=_mean(ssim(video, expected, value_range=_VALUE_RANGE)) if name != reference else None,
             quality=measure_clips(judge, video, asked, real),
         )
-        for name, video in joined.items()
+        for name, video in videos.items()
     )
-    held_out = measure_clips(judge, *real_clips(clips, seed=1), real)
-    bar.update(task, description="done")
-    return DemoResult(rows, held_out, joined, time.perf_counter() - began)
+    return rows, measure_clips(judge, *real_clips(len(asked), seed=1), real)
 
 
 def _set_up(candidate: Candidate, model: nn.Module, guidance: float) -> tuple[Callable[..., Any], float]:

@@ -70,7 +70,9 @@ def train(
     seed: Annotated[int, typer.Option(min=0)] = Recipe.seed,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints")] = 200,
-    quality_every: Annotated[int, typer.Option(min=0, help="Steps between measurements; 0 for none")] = 500,
+    quality_every: Annotated[
+        int, typer.Option(min=0, help="Steps between measurements, and at the end; 0 for none")
+    ] = 500,
 ) -> None:
     """Train the demo's transformer on moving digits, and write its moving average as a diffusers folder."""
     if precision not in ("bf16", "fp32"):
@@ -124,7 +126,8 @@ def _run(
         bar.update(task, completed=trainer.step)
         if trainer.step % save_every == 0:
             trainer.save(out / "checkpoint.pt")
-        if judge is not None and trainer.step % quality_every == 0:
+        ends = trainer.step == trainer.recipe.steps
+        if judge is not None and (ends or trainer.step % quality_every == 0):
             bar.console.print(_measure(trainer, judge, out))
             results, began = [], time.monotonic()
 

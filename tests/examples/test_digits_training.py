@@ -1,5 +1,6 @@
 """Training: it learns, it resumes exactly, it refuses what does not fit."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -165,7 +166,7 @@ def test_the_command_trains_stops_resumes_and_exports(tmp_path: Path, monkeypatc
     monkeypatch.setattr(train_module, "Trainer", lambda digits, recipe, device: Trainer(digits, recipe, device, **TINY))
     app = train_module.typer.Typer()
     app.command()(train_module.train)
-    common = ["--out", str(tmp_path), "--batch", "2", "--precision", "fp32", "--quality-every", "0"]
+    common = ["--out", str(tmp_path), "--batch", "2", "--precision", "fp32", "--quality-every", "100"]
 
     class Interrupted(Trainer):
         def train_step(self):  # type: ignore[no-untyped-def]
@@ -180,6 +181,7 @@ def test_the_command_trains_stops_resumes_and_exports(tmp_path: Path, monkeypatc
     assert stopped.exit_code == 130, stopped.output
     assert "stopped at step 24" in stopped.output
     assert not (tmp_path / "weights").exists()
+    assert not (tmp_path / "quality.jsonl").exists()
 
     monkeypatch.setattr(train_module, "Trainer", lambda digits, recipe, device: Trainer(digits, recipe, device, **TINY))
     finished = CliRunner().invoke(app, [*common, "--steps", "40"])
@@ -192,6 +194,11 @@ def test_the_command_trains_stops_resumes_and_exports(tmp_path: Path, monkeypatc
         torch.testing.assert_close(shipped[name], value.half().float(), rtol=0, atol=0)
     steps = [line.split(",")[0] for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
     assert steps == ['{"step": 20', '{"step": 40']
+    measured = json.loads((tmp_path / "quality.jsonl").read_text("utf-8"))
+    assert measured["step"] == 40
+    assert measured["clips"] == 40
+    assert 0 <= measured["accuracy"] <= 0.6
+    assert (tmp_path / "samples" / "000040.png").exists()
 
 
 def test_records_of_lost_steps_are_dropped(tmp_path: Path) -> None:
