@@ -184,7 +184,8 @@ class _Liveness:
         """
         low = self.skeleton[at - 1].position + 1 if at > 0 else 0
         high = self.skeleton[at].position if at < len(self.skeleton) else len(self.found.nodes) - 1
-        born = self.skeleton[since].position if 0 <= since < at else low
+        # what enters the block counts, too: it lies in front of the block's first anchor
+        born = (self.skeleton[since - 1].position + 1 if since else 0) if 0 <= since < at else low
         change = [0] * (high - low + 2)
         for position in range(born, high):
             node = self.found.nodes[position]

@@ -92,12 +92,13 @@ class Stream:
 class Block:
     """One repetition of a stack: its nodes and, per stream, the node that enters and the node that leaves.
 
-    ``outputs`` holds ``None`` for a stream that the block does not rewrite (the last block of many models).
+    ``outputs`` holds ``None`` for a stream that the block does not rewrite (the last block of many models), ``inputs``
+    for one that was not found in front of it.
     """
 
     index: int
     nodes: tuple[str, ...]
-    inputs: tuple[str, ...]
+    inputs: tuple[str | None, ...]
     outputs: tuple[str | None, ...]
 
 

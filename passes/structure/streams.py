@@ -59,9 +59,9 @@ def borders(found: Findings, blocks: Sequence[Sequence[fx.Node]]) -> Borders:
     streams = tuple(_stream(key, names) for key in names)
     result: list[Block] = []
     for i, crossing in enumerate(crossings):
-        inputs = tuple(_input(i, key, keys, outputs) for key in names)
+        inputs = tuple(_input(i, at, key, keys, outputs) for at, key in enumerate(names))
         result.append(Block(i, tuple(n.name for n in crossing.nodes), inputs, outputs[i]))
-    entering = {name for block in result for name in block.inputs}
+    entering = {name for block in result for name in block.inputs if name}
     return Borders(streams, tuple(result), tuple(n for n in shared if n not in entering), tuple(skips))
 
 
@@ -69,12 +69,13 @@ def _name(node: fx.Node) -> str:
     return str(node.name)
 
 
-def _input(i: int, key: Key, keys: list[dict[Key, fx.Node]], outputs: list[tuple[str | None, ...]]) -> str:
+def _input(
+    i: int, at: int, key: Key, keys: list[dict[Key, fx.Node]], outputs: list[tuple[str | None, ...]]
+) -> str | None:
     if key in keys[i]:
         return _name(keys[i][key])
     # a block that does not read a stream leaves it as the one before it did
-    before = [row[at] for row in outputs[:i] for at in [list(keys[i - 1]).index(key)] if key in keys[i - 1]]
-    return next((name for name in reversed(before) if name), "")
+    return next((name for row in reversed(outputs[:i]) if (name := row[at])), None)
 
 
 # --- one block ---------------------------------------------------------------------------------------------------

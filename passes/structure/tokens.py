@@ -100,6 +100,10 @@ def find_tokens(graph: fx.Graph, walk: Walk, flow: Dependence, sites: list[Site]
     tokens._known.clear()
     _name(graph, walk, flow, tokens)
     tokens.main = _main(graph, walk, tokens)
+    met = [name for site in over for name in tokens.names_of((site.query_dim, site.key_dim))]
+    order = {name: i for i, name in enumerate(dict.fromkeys(met))}
+    # not in the order of the inputs, which depends on how the graph was captured
+    tokens.axes.sort(key=lambda axis: (axis is not tokens.main, axis.source == "weight", order.get(axis.name, 0)))
     return tokens
 
 
