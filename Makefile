@@ -34,13 +34,15 @@ unit: $(BIN)/.ready
 
 bench: $(BIN)/.ready
 	$(BIN)/python -m pip install --quiet --editable ".[bench]"
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks step-latency
+	$(BIN)/python -m benchmarks guard-overhead
 
 # with whatever torch and triton the machine's own python has: nothing is installed but ditc itself
 gpu:
 	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
-	$(PYTHON) -m pytest -m gpu
-	$(PYTHON) -m benchmarks
+	$(PYTHON) -m pytest -m gpu tests
+	$(PYTHON) -m benchmarks step-latency
+	$(PYTHON) -m benchmarks guard-overhead
 
 clean:
 	rm -rf $(VENV) out build dist .mypy_cache .ruff_cache .pytest_cache

@@ -33,11 +33,13 @@ class Canonicalize:
     1. assertions about metadata go (the compiled graph is guarded by Dynamo);
     2. dropout that drops nothing (evaluation mode, or p = 0) becomes its input;
     3. casts, views, expansions and copies-if-needed that change nothing become their input;
-    4. ``detach``, ``alias`` and switches of the gradient mode go (the graph is an inference graph);
-    5. ``view`` becomes ``reshape``, so that later passes may change strides;
-    6. ``scaled_dot_product_attention`` takes q, k, v, mask, dropout and causality by position, scale and
+    4. what remains of casts is a ``_to_copy``, of ``contiguous`` a ``clone`` (as ``torch.export`` writes them);
+    5. copies that only computations read (none that the caller could see) become their input;
+    6. ``detach``, ``alias`` and switches of the gradient mode go (the graph is an inference graph);
+    7. ``view`` becomes ``reshape``, so that later passes may change strides;
+    8. ``scaled_dot_product_attention`` takes q, k, v, mask, dropout and causality by position, scale and
        ``enable_gqa`` by keyword and only when they are not the default;
-    7. ``addmm``/``mm``/``matmul`` with a transposed two-dimensional weight is a ``linear``.
+    9. ``addmm``/``mm``/``matmul`` with a transposed two-dimensional weight is a ``linear``.
     """
 
     name: ClassVar[str] = "canonicalize"
@@ -95,6 +97,39 @@ def _drop_identity(graph: fx.GraphModule, node: fx.Node) -> bool:
     if not isinstance(source, fx.Node) or not _same(source.meta["val"], node.meta["val"]):
         return False
     return _replace(node, source)
+
+
+def _one_cast(graph: fx.GraphModule, node: fx.Node) -> bool:
+    source = node.args[0] if node.target in _CASTS else None
+    if not isinstance(source, fx.Node):
+        return False
+    before, after = source.meta["val"], node.meta["val"]
+    if before.dtype == after.dtype and before.device == after.device:
+        node.target, node.args = aten.clone.default, (source,)
+        node.kwargs = {"memory_format": torch.contiguous_format}
+        return True
+    changes = {"dtype": after.dtype} if before.dtype != after.dtype else {}
+    if before.device != after.device:
+        changes["device"] = after.device
+    node.target, node.args, node.kwargs = aten._to_copy.default, (source,), changes
+    return True
+
+
+def _drop_clone(graph: fx.GraphModule, node: fx.Node) -> bool:
+    if node.target is not aten.clone.default:
+        return False
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    if not _same(source.meta["val"], node.meta["val"]) or not all(map(_computes_anew, node.users)):
+        return False
+    return _replace(node, source)
+
+
+def _computes_anew(user: fx.Node) -> bool:
+    """Whether what ``user`` returns shares no memory with what it reads."""
+    if user.target in _CASTS | _DROPOUTS or not isinstance(user.target, torch._ops.OpOverload):
+        return False
+    return all(value.alias_info is None for value in user.target._schema.returns)
 
 
 def _drop_alias(graph: fx.GraphModule, node: fx.Node) -> bool:
@@ -165,6 +200,8 @@ _RULES: tuple[tuple[str, Callable[[fx.GraphModule, fx.Node], bool]], ...] = (
     ("assertions dropped", _drop_assertion),
     ("dropout that drops nothing", _drop_dropout),
     ("casts and views that change nothing", _drop_identity),
+    ("casts in one form", _one_cast),
+    ("copies that nobody sees", _drop_clone),
     ("aliases and gradient switches", _drop_alias),
     ("view to reshape", _view_to_reshape),
     ("attention arguments in one layout", _normal_attention),

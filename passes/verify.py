@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils import _pytree as pytree
 
@@ -79,7 +80,8 @@ def propagate(graph: fx.GraphModule) -> None:
     """
     values = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
     try:
-        with torch.no_grad():
+        # the Python dispatcher holds the decompositions of composite operators that accept symbolic sizes
+        with torch.no_grad(), enable_python_dispatcher():
             FakeTensorProp(graph, fake_mode_of(graph)).propagate_dont_convert_inputs(*values)
     except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
         raise VerifyError(f"shapes do not propagate through the graph: {error}") from error
