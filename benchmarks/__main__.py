@@ -29,10 +29,11 @@ def _setup(device: str | None, threads: int | None, clock: str | None) -> tuple[
     if threads is not None:
         torch.set_num_threads(threads)
     picked = pick_device(device)
+    clocks: dict[str, Clock] = {"wall": "wall", "cpu": "cpu", "cuda": "cuda"}
     chosen = clock or ("cuda" if picked.type == "cuda" else "wall")
-    if chosen == "wall" or chosen == "cpu" or chosen == "cuda":
-        return picked, chosen
-    raise typer.BadParameter(f"clock is wall, cpu or cuda, not {chosen!r}")
+    if chosen not in clocks:
+        raise typer.BadParameter(f"clock is wall, cpu or cuda, not {chosen!r}")
+    return picked, clocks[chosen]
 
 
 def _sizes(device: torch.device, sizes: list[str], tokens: list[int]) -> list[Size]:

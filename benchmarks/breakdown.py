@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from .candidates import own_backend, run_step
 from .harness import Clock, timer
 
 CATEGORIES = (
@@ -95,43 +95,46 @@ def _fused(name: str) -> str:
     return _POINTWISE
 
 
-def step_breakdown(model: nn.Module, inputs: tuple[Tensor, ...], plan: dict[str, Any], repeats: int) -> dict[str, Any]:
+def step_breakdown(
+    model: nn.Module, latent: Tensor, timesteps: Sequence[Tensor], plan: dict[str, Any], repeats: int
+) -> dict[str, Any]:
     """Milliseconds per step and category of ditc's compiled model, from the profiler.
 
     The model is compiled once more with a mark on each of inductor's CPU kernels, so the sum differs a little from
     the step measured; ``step_ms`` is the wall time of the same calls.
     """
-    own, device = copy.deepcopy(model), inputs[0].device
-    patch = {"cpp.enable_kernel_profile": True, "force_disable_caches": True} if device.type == "cpu" else {}
-    with torch.no_grad(), torch._inductor.config.patch(patch):
-        compiled = torch.compile(own, backend="ditc", options=plan, fullgraph=True, dynamic=False)
-        for _ in range(3):
-            compiled(*inputs)
+    own, device = copy.deepcopy(model), latent.device
+    patch = {"cpp.enable_kernel_profile": True} if device.type == "cpu" else {}
+    with torch._inductor.config.patch(patch):
+        compiled = torch.compile(own, backend=own_backend("ditc", plan), fullgraph=True, dynamic=False)
+        for step in range(3):
+            run_step(compiled, latent, timesteps, step)
         activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
         walls = []
         with profile(activities=activities) as profiler:
-            for _ in range(repeats):
+            for step in range(3, 3 + repeats):
                 start = time.perf_counter()
-                compiled(*inputs)
+                run_step(compiled, latent, timesteps, step)
                 if device.type == "cuda":
                     torch.cuda.synchronize()
                 walls.append((time.perf_counter() - start) * 1e3)
     found, kernels = classify(profiler.events(), device, repeats)
-    step = statistics.mean(walls)
-    found[_OVERHEAD] = step - sum(found.values())
+    step_ms = statistics.mean(walls)
+    found[_OVERHEAD] = step_ms - sum(found.values())
     parts = {name: round(found[name], 3) for name in CATEGORIES if name in found}
-    return {"plan": plan, "step_ms": round(step, 3), "parts_ms": parts, "largest_ms": kernels}
+    return {"plan": plan, "step_ms": round(step_ms, 3), "parts_ms": parts, "largest_ms": kernels}
 
 
-def classify(events: Iterable[Any], device: torch.device, repeats: int) -> tuple[Counter[str], dict[str, float]]:
+def classify(events: Iterable[Any], device: torch.device, repeats: int) -> tuple[dict[str, float], dict[str, float]]:
     """Sums the self times of profiled events by category (ms per step), and names the ten largest."""
     gpu = device.type == "cuda"
-    total, single = Counter[str](), Counter[str]()
+    total, single = dict[str, float](), dict[str, float]()
     for event in events:
         kind = category(event.name)
         own = event.self_device_time_total if gpu else event.self_cpu_time_total
         if kind is None or (gpu and event.device_type.name == "CPU"):
             continue
-        total[kind] += own / 1e3 / repeats
-        single[event.name] += own / 1e3 / repeats
-    return total, {name: round(ms, 3) for name, ms in single.most_common(10)}
+        total[kind] = total.get(kind, 0.0) + own / 1e3 / repeats
+        single[event.name] = single.get(event.name, 0.0) + own / 1e3 / repeats
+    largest = sorted(single.items(), key=lambda item: -item[1])[:10]
+    return total, {name: round(ms, 3) for name, ms in largest}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -40,30 +40,29 @@ _TORCHAO_INDUCTOR = {
 }
 
 
-def candidates(model: nn.Module, inputs: tuple[Tensor, Tensor]) -> list[Candidate]:
+def candidates(model: nn.Module, latent: Tensor, timesteps: Sequence[Tensor]) -> list[Candidate]:
     """Every candidate, for a float32 ``model`` and its inputs; those that make no sense here say why they skip."""
-    device = inputs[0].device
-    gpu = device.type == "cuda"
+    gpu = latent.is_cuda
     no_onednn = "oneDNN is a CPU library" if gpu else fp32_matmul_reason()
     no_freezing = "freezing is measured on CPU, where it packs weights for oneDNN" if gpu else None
     no_torchao = _missing("torchao")
 
-    def plain(dtype: Dtype) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    def plain(dtype: Dtype) -> tuple[nn.Module, Tensor, Sequence[Tensor]]:
         if dtype == "fp32":
-            return copy.deepcopy(model), inputs
-        return copy.deepcopy(model).bfloat16(), (inputs[0].bfloat16(), inputs[1])
+            return copy.deepcopy(model), latent, timesteps
+        return copy.deepcopy(model).bfloat16(), latent.bfloat16(), timesteps
 
     def eager() -> Call:
-        return lambda: _run(model, inputs)
+        return lambda step: run_step(model, latent, timesteps, step)
 
     def inductor(dtype: Dtype, *, frozen: bool = False, region: bool = False) -> Callable[[], Call]:
         return lambda: _compiled(*plain(dtype), frozen=frozen, region=region)
 
     def torchao(dtype: Dtype, *, frozen: bool) -> Callable[[], Call]:
         def prepare() -> Call:
-            own, own_inputs = plain(dtype)
-            _quantize_with_torchao(own)
-            return _compiled(own, own_inputs, frozen=frozen, patch=_TORCHAO_INDUCTOR)
+            own = plain(dtype)
+            _quantize_with_torchao(own[0])
+            return _compiled(*own, frozen=frozen, patch=_TORCHAO_INDUCTOR)
 
         return prepare
 
@@ -93,9 +92,10 @@ def _missing(package: str) -> str | None:
     return None if find_spec(package) else f"{package} is not installed"
 
 
-def _run(model: Callable[..., Any], inputs: tuple[Tensor, Tensor]) -> Tensor:
+def run_step(model: Callable[..., Any], latent: Tensor, timesteps: Sequence[Tensor], step: int) -> Tensor:
+    """One step of a generation; after the last timestep the next generation begins."""
     with torch.no_grad():
-        output: Tensor = model(*inputs)
+        output: Tensor = model(latent, timesteps[step % len(timesteps)])
     return output
 
 
@@ -107,7 +107,8 @@ def _quantize_with_torchao(model: nn.Module) -> None:
 
 def _compiled(
     model: nn.Module,
-    inputs: tuple[Tensor, Tensor],
+    latent: Tensor,
+    timesteps: Sequence[Tensor],
     *,
     frozen: bool = False,
     region: bool = False,
@@ -122,26 +123,37 @@ def _compiled(
     Raises:
         RuntimeError: freezing was asked for and did not happen.
     """
-    compiled = torch.compile(model, backend=backend, options=options, fullgraph=True, dynamic=False)
+    compiled = torch.compile(model, backend=own_backend(backend, options), fullgraph=True, dynamic=False)
     with torch._inductor.config.patch({"freezing": frozen, **(patch or {})}), _count_freezing() as frozen_graphs:
-        _run(compiled, inputs)
+        run_step(compiled, latent, timesteps, 0)
     if frozen and not frozen_graphs:
         raise RuntimeError("freezing was asked for and inductor froze nothing")
 
-    def call() -> Tensor:
+    def call(step: int) -> Tensor:
         around: AbstractContextManager[None] = fp32_matmul() if region else nullcontext()
         with around:
-            return _run(compiled, inputs)
+            return run_step(compiled, latent, timesteps, step)
 
     return call
 
 
+def own_backend(name: str, options: dict[str, Any] | None = None) -> Callable[..., Any]:
+    """The backend of this name as a function that no other candidate uses.
+
+    Dynamo would hand the graph that one candidate compiled to the next one with an equal model and backend, and a
+    "frozen" candidate would run what was compiled without freezing.
+    """
+
+    def compile_graph(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        backend: Callable[..., Callable[..., Any]] = torch._dynamo.lookup_backend(name)
+        return backend(graph, example_inputs) if options is None else backend(graph, example_inputs, options=options)
+
+    return compile_graph
+
+
 @contextmanager
 def _count_freezing() -> Iterator[list[str]]:
-    """Sees each time inductor freezes a graph: ``options={"freezing": True}`` is ignored without a word.
-
-    Compiled graphs come fresh here, because a graph from inductor's cache would not be frozen again.
-    """
+    """Sees each time inductor freezes a graph: ``options={"freezing": True}`` is ignored without a word."""
     from torch._inductor import freezing
 
     freeze, seen = freezing.freeze, list[str]()
@@ -152,7 +164,6 @@ def _count_freezing() -> Iterator[list[str]]:
 
     freezing.freeze = spy
     try:
-        with torch._inductor.config.patch({"force_disable_caches": True}):
-            yield seen
+        yield seen
     finally:
         freezing.freeze = freeze

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .candidates import own_backend, run_step
 from .environment import describe
 from .harness import Call, Candidate, Clock, measure, ratios
 from .model import Size, build
@@ -34,28 +35,28 @@ def run(
 ) -> dict[str, Any]:
     """Measures and writes as :func:`benchmarks.step_latency.run`; ``calls`` is the length of a loop."""
     torch._dynamo.reset()
-    model, *inputs = build(SIZE, device)
-    with torch.no_grad():
-        reference = model(*inputs)
+    model, latent, timesteps = build(SIZE, device)
+    reference = run_step(model, latent, timesteps, calls - 1)
 
     def loop(function: Callable[..., Any]) -> Call:
-        def run_loop() -> Tensor:
+        def run_loop(_: int) -> Tensor:
             with torch.no_grad():
-                for _ in range(calls):
-                    output: Tensor = function(*inputs)
+                for step in range(calls):
+                    output: Tensor = function(latent, timesteps[step % len(timesteps)])
             return output
 
         return run_loop
 
     def through(backend: str, options: dict[str, Any] | None) -> Callable[[], Call]:
-        return lambda: loop(torch.compile(model, backend=backend, options=options, fullgraph=True, dynamic=False))
+        own = own_backend(backend, options)
+        return lambda: loop(torch.compile(model, backend=own, fullgraph=True, dynamic=False))
 
     def alone() -> Call:
         """What Dynamo calls once its guards have passed: inductor's function of the graph, weights included."""
         caught: list[tuple[Callable[..., Any], list[Any]]] = []
 
         def backend(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-            function = torch._inductor.compile_fx.compile_fx(graph, example_inputs)
+            function: Callable[..., Any] = own_backend("inductor")(graph, example_inputs)
 
             def spy(*arguments: Any) -> Any:
                 caught[:] = [(function, list(arguments))]
@@ -64,9 +65,15 @@ def run(
             return spy
 
         with torch.no_grad():
-            torch.compile(model, backend=backend, fullgraph=True, dynamic=False)(*inputs)
+            torch.compile(model, backend=backend, fullgraph=True, dynamic=False)(latent, timesteps[0])
         function, arguments = caught[0]
-        return loop(lambda *_: function(*arguments)[0])
+        place = next(i for i, argument in enumerate(arguments) if argument is timesteps[0])
+
+        def call(_: Tensor, timestep: Tensor) -> Any:
+            arguments[place] = timestep
+            return function(*arguments)[0]
+
+        return loop(call)
 
     plan = {"quantize": "int8"}
     field = [
@@ -75,7 +82,7 @@ def run(
         Candidate("ditc, weights frozen", through("ditc", {**plan, "weights": "frozen"}), _BOUND),
         Candidate(INNER, alone, _BOUND),
     ]
-    results = measure(field, reference, rounds=rounds, clock=clock, progress=progress)
+    results = measure(field, [reference], rounds=rounds, clock=clock, progress=progress)
     for result in results:
         result.samples = [sample / calls for sample in result.samples]
         if result.seconds is not None:

@@ -12,12 +12,14 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
 
 Clock = Literal["wall", "cpu", "cuda"]
-Call = Callable[[], torch.Tensor]
+Call = Callable[[int], torch.Tensor]
+"""Does the work of one step and returns its output; steps are counted from 0 for each candidate."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,8 @@ def relative_error(actual: torch.Tensor, reference: torch.Tensor) -> float:
     return float((actual.double().cpu() - truth).norm() / truth.norm())
 
 
-def timer(clock: Clock) -> Callable[[Call], float]:
-    """A function that runs a call once and returns its seconds.
+def timer(clock: Clock) -> Callable[[Callable[[], object]], float]:
+    """A function that runs its argument once and returns the seconds that took.
 
     ``wall`` is what a user waits. ``cpu`` is the processor time of the calling thread, which neighbours on a busy
     machine hardly change; it means something with one thread only. ``cuda`` is the time between two events on the
@@ -96,7 +98,7 @@ def timer(clock: Clock) -> Callable[[Call], float]:
         raise ValueError(f"clock 'cpu' needs one thread, torch uses {torch.get_num_threads()}: pass --threads 1")
     read = time.thread_time if clock == "cpu" else time.perf_counter
 
-    def seconds(call: Call) -> float:
+    def seconds(call: Callable[[], object]) -> float:
         start = read()
         call()
         return read() - start
@@ -104,8 +106,8 @@ def timer(clock: Clock) -> Callable[[Call], float]:
     return seconds
 
 
-def _cuda_seconds(call: Call) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+def _cuda_seconds(call: Callable[[], object]) -> float:
+    start, end = (torch.Event("cuda", enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
     call()
@@ -125,7 +127,7 @@ def order(n: int, round_: int) -> list[int]:
 
 def measure(
     candidates: Sequence[Candidate],
-    reference: torch.Tensor,
+    references: Sequence[torch.Tensor],
     *,
     rounds: int,
     clock: Clock = "wall",
@@ -134,12 +136,12 @@ def measure(
 ) -> list[Result]:
     """Prepares, checks and times the candidates; one result each, in their order.
 
-    The error is that of the very call that is timed, on its last warm-up run and again after the last round. An
-    error of preparation is a refusal with its message, not the end of the run.
+    The error is that of the very call that is timed, the largest of its warm-up steps and of one step after the last
+    round. An error of preparation is a refusal with its message, not the end of the run.
 
     Args:
         candidates: who competes.
-        reference: what each must return, in float32.
+        references: what each must return, in float32: for step ``i`` the one at ``i`` modulo their number.
         rounds: how often each candidate is timed.
         clock: see :func:`timer`.
         warmup: untimed calls before the first round, at least one.
@@ -153,7 +155,7 @@ def measure(
             progress(f"{candidate.name}: skipped, {candidate.skip}")
             continue
         progress(f"{candidate.name}: preparing")
-        call = _prepare(candidate, result, max(1, warmup), reference)
+        call = _prepare(candidate, result, max(1, warmup), references)
         if call is not None:
             calls[index] = call
         if result.refused is not None:
@@ -164,33 +166,37 @@ def measure(
     try:
         for round_ in range(rounds if active else 0):
             for position in order(len(active), round_):
-                results[active[position]].samples.append(seconds_of(calls[active[position]]))
+                index = active[position]
+                results[index].samples.append(seconds_of(partial(calls[index], max(1, warmup) + round_)))
     finally:
         gc.enable()
     for index, call in calls.items():
-        _check(results[index], call(), reference)
+        last = max(1, warmup) + rounds
+        _check(results[index], call(last), references[last % len(references)])
         if results[index].refused is None and results[index].samples:
             results[index].seconds = Spread.of(results[index].samples)
     return results
 
 
-def _prepare(candidate: Candidate, result: Result, warmup: int, reference: torch.Tensor) -> Call | None:
+def _prepare(candidate: Candidate, result: Result, warmup: int, references: Sequence[torch.Tensor]) -> Call | None:
     start = time.perf_counter()
     try:
         call = candidate.prepare()
-        for _ in range(warmup):
-            output = call()
+        outputs = [call(step) for step in range(warmup)]
     except Exception as error:  # noqa: BLE001 - a peer that cannot run is a finding, and the others still count
         result.refused = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
         return None
     result.prepare_s = time.perf_counter() - start
-    _check(result, output, reference)
+    for step, output in enumerate(outputs):
+        _check(result, output, references[step % len(references)])
     return None if result.refused is not None else call
 
 
 def _check(result: Result, output: torch.Tensor, reference: torch.Tensor) -> None:
     assert result.bound is not None
-    result.error = relative_error(output, reference)
+    error = relative_error(output, reference)
+    # not max(): that would lose a NaN
+    result.error = error if result.error is None or not error <= result.error else result.error
     if not result.error <= result.bound:
         result.refused = f"wrong: relative error {result.error:.2e}, allowed {result.bound:.0e}"
 

@@ -74,13 +74,13 @@ class Block(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(c)).unsqueeze(1).chunk(6, dim=-1)
         x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1)
-        return x + gate2 * self.down(F.gelu(self.up(self.norm2(x) * (1 + scale2) + shift2), approximate="tanh"))
+        out: Tensor = x + gate2 * self.down(F.gelu(self.up(self.norm2(x) * (1 + scale2) + shift2), approximate="tanh"))
+        return out
 
 
 class DiT(nn.Module):
     """Predicts noise ``[B, 4, H, W]`` from a latent of the same shape and a timestep ``[B]``."""
 
-    frequencies: Tensor
     position: Tensor
 
     def __init__(self, size: Size) -> None:
@@ -92,12 +92,13 @@ class DiT(nn.Module):
         self.norm = nn.LayerNorm(hidden, eps=1e-6, elementwise_affine=False)
         self.modulation = nn.Linear(hidden, 2 * hidden)
         self.head = nn.Linear(hidden, PATCH * PATCH * LATENT_CHANNELS)
-        self.register_buffer("frequencies", torch.exp(-math.log(10000) * torch.arange(128) / 128))
         self.register_buffer("position", torch.randn(1, size.tokens, hidden) * 0.02)
 
     def forward(self, latent: Tensor, timestep: Tensor) -> Tensor:
         B, _, H, W = latent.shape
-        angles = timestep.float()[:, None] * self.frequencies.float()
+        # in float32 whatever the model's type: bfloat16 cannot tell neighbouring timesteps apart
+        frequencies = torch.exp(-math.log(10000) / 128 * torch.arange(128, dtype=torch.float32, device=latent.device))
+        angles = timestep.float()[:, None] * frequencies
         embedding = torch.cat([angles.cos(), angles.sin()], dim=-1).to(latent.dtype)
         c = self.time2(F.silu(self.time1(embedding)))
         x = self.patch(latent).flatten(2).transpose(1, 2) + self.position
@@ -106,11 +107,16 @@ class DiT(nn.Module):
         shift, scale = self.modulation(F.silu(c)).unsqueeze(1).chunk(2, dim=-1)
         y_BND = self.head(self.norm(x) * (1 + scale) + shift)
         y = y_BND.view(B, H // PATCH, W // PATCH, PATCH, PATCH, LATENT_CHANNELS)
-        return y.permute(0, 5, 1, 3, 2, 4).reshape(B, LATENT_CHANNELS, H, W)
+        image: Tensor = y.permute(0, 5, 1, 3, 2, 4).reshape(B, LATENT_CHANNELS, H, W)
+        return image
 
 
-def build(size: Size, device: torch.device) -> tuple[DiT, Tensor, Tensor]:
-    """The model in float32 and its two inputs, the same for the same size whatever ran before."""
+STEPS = 20
+"""Steps of a generation: a benchmark walks through timesteps as a sampler does, and starts over."""
+
+
+def build(size: Size, device: torch.device) -> tuple[DiT, Tensor, list[Tensor]]:
+    """The model in float32, a latent, and the timestep ``[1]`` of each step; the same whatever ran before."""
     generator_state = torch.get_rng_state()
     torch.manual_seed(0)
     try:
@@ -124,4 +130,5 @@ def build(size: Size, device: torch.device) -> tuple[DiT, Tensor, Tensor]:
         latent = torch.randn(1, LATENT_CHANNELS, *size.latent)
     finally:
         torch.set_rng_state(generator_state)
-    return model.to(device), latent.to(device), torch.tensor([500.0], device=device)
+    timesteps = [torch.tensor([1000.0 * (1 - step / STEPS)], device=device) for step in range(STEPS)]
+    return model.to(device), latent.to(device), timesteps

@@ -73,13 +73,11 @@ def measure_size(
     """One size: results, ratios, fractions of the ceiling and the breakdown, and its table."""
     torch._dynamo.reset()
     gc.collect()
-    model, *inputs = build(size, device)
-    pair = (inputs[0], inputs[1])
-    with torch.no_grad():
-        reference = model(*pair)
-    field = [c for c in who.candidates(model, pair) if not only or any(part in c.name for part in only)]
+    model, latent, timesteps = build(size, device)
+    references = [who.run_step(model, latent, timesteps, step) for step in range(len(timesteps))]
+    field = [c for c in who.candidates(model, latent, timesteps) if not only or any(part in c.name for part in only)]
     with torch._dynamo.config.patch(recompile_limit=64):
-        results = measure(field, reference, rounds=rounds, clock=clock, progress=progress)
+        results = measure(field, references, rounds=rounds, clock=clock, progress=progress)
     peer, ours = best(results, who.PEERS), best(results, who.DITCS)
     entry: dict[str, Any] = {"hidden": size.hidden, "depth": size.depth, "tokens": size.tokens, "heads": size.heads}
     entry |= {"results": to_json(results), "best_peer": peer, "best_ditc": ours}
@@ -87,8 +85,8 @@ def measure_size(
         entry |= _against_ceiling(size, results, ours, peer, ceilings)
         progress(f"{ours}: breakdown")
         plan = next(r.plan for r in results if r.name == ours)
-        own, own_inputs = (model, pair) if ours != who.DITC_BF16 else (model.bfloat16(), (pair[0].bfloat16(), pair[1]))
-        entry["breakdown"] = step_breakdown(own, own_inputs, plan, repeats=min(rounds, 10))
+        dtype = torch.bfloat16 if ours == who.DITC_BF16 else torch.float32
+        entry["breakdown"] = step_breakdown(model.to(dtype), latent.to(dtype), timesteps, plan, min(rounds, 10))
     baselines = [name for name in (who.INDUCTOR, who.ONEDNN, peer) if name is not None]
     return entry, *rows(results, baselines)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -25,7 +26,7 @@ REFERENCE = torch.arange(1.0, 9.0)
 
 
 def candidate(
-    name: str, run: Callable[[], torch.Tensor] = lambda: REFERENCE, bound: float = 1e-3, **rest: Any
+    name: str, run: Callable[[int], torch.Tensor] = lambda _: REFERENCE, bound: float = 1e-3, **rest: Any
 ) -> Candidate:
     return Candidate(name, lambda: run, bound, **rest)
 
@@ -44,22 +45,22 @@ def test_everybody_takes_every_position(n: int) -> None:
     rounds = [harness.order(n, r) for r in range(2 * n)]
     for position in range(n):
         assert {r[position] for r in rounds} == set(range(n))
-    neighbours = {(a, b) for r in rounds for a, b in zip(r, r[1:], strict=False)}
+    neighbours = {(a, b) for r in rounds for a, b in itertools.pairwise(r)}
     assert all((b, a) in neighbours for a, b in neighbours)
 
 
 def test_candidates_take_turns() -> None:
     calls: list[str] = []
 
-    def logged(name: str) -> Callable[[], torch.Tensor]:
-        def run() -> torch.Tensor:
+    def logged(name: str) -> Callable[[int], torch.Tensor]:
+        def run(_: int) -> torch.Tensor:
             calls.append(name)
             return REFERENCE
 
         return run
 
     field = [candidate(name, logged(name)) for name in "abc"]
-    results = harness.measure(field, REFERENCE, rounds=3, warmup=2)
+    results = harness.measure(field, [REFERENCE], rounds=3, warmup=2)
     assert "".join(calls[:6]) == "aabbcc"  # warm-up, untimed
     assert "".join(calls[6:15]) == "abc" + "cba" + "bca"
     assert "".join(calls[15:]) == "abc"  # the check after the last round
@@ -70,11 +71,11 @@ def test_candidates_take_turns() -> None:
 def test_a_wrong_result_gets_no_number_and_no_timed_run() -> None:
     runs = []
 
-    def wrong() -> torch.Tensor:
+    def wrong(_: int) -> torch.Tensor:
         runs.append(1)
         return REFERENCE * 1.01
 
-    good, bad = harness.measure([candidate("good"), candidate("bad", wrong)], REFERENCE, rounds=4, warmup=1)
+    good, bad = harness.measure([candidate("good"), candidate("bad", wrong)], [REFERENCE], rounds=4, warmup=1)
     assert good.seconds is not None and good.refused is None
     assert bad.seconds is None and bad.samples == [] and len(runs) == 1
     assert bad.error == pytest.approx(0.01, rel=1e-3)
@@ -83,27 +84,41 @@ def test_a_wrong_result_gets_no_number_and_no_timed_run() -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_is_no_number_is_wrong(value: float) -> None:
-    (found,) = harness.measure([candidate("x", lambda: torch.full((8,), value))], REFERENCE, rounds=1)
+    (found,) = harness.measure([candidate("x", lambda _: torch.full((8,), value))], [REFERENCE], rounds=1)
     assert found.seconds is None and "wrong" in str(found.refused)
 
 
 def test_a_result_that_turns_wrong_while_timed_gets_no_number() -> None:
     runs = []
 
-    def drifting() -> torch.Tensor:
+    def drifting(_: int) -> torch.Tensor:
         runs.append(1)
         return REFERENCE if len(runs) < 4 else REFERENCE * 2
 
-    (found,) = harness.measure([candidate("x", drifting)], REFERENCE, rounds=3, warmup=2)
+    (found,) = harness.measure([candidate("x", drifting)], [REFERENCE], rounds=3, warmup=2)
     assert len(found.samples) == 3 and found.seconds is None and "wrong" in str(found.refused)
 
 
+def test_each_step_is_checked_against_its_own_reference() -> None:
+    steps: list[int] = []
+
+    def run(step: int) -> torch.Tensor:
+        steps.append(step)
+        return REFERENCE * (1 + step % 2)
+
+    (found,) = harness.measure([candidate("x", run)], [REFERENCE, 2 * REFERENCE], rounds=3, warmup=2)
+    assert steps == [0, 1, 2, 3, 4, 5]
+    assert found.seconds is not None and found.error == 0.0
+    (found,) = harness.measure([candidate("x", run)], [REFERENCE], rounds=1, warmup=2)
+    assert "wrong" in str(found.refused) and found.error == 1.0
+
+
 def test_a_candidate_that_raises_or_skips_leaves_the_others_alone() -> None:
-    def broken() -> torch.Tensor:
+    def broken(_: int) -> torch.Tensor:
         raise LookupError("no such kernel\nand a long trace")
 
     field = [candidate("broken", broken), candidate("skipped", skip="there is no GPU"), candidate("fine")]
-    failed, skipped, fine = harness.measure(field, REFERENCE, rounds=2)
+    failed, skipped, fine = harness.measure(field, [REFERENCE], rounds=2)
     assert failed.refused == "LookupError: no such kernel"
     assert skipped.refused == "there is no GPU" and skipped.prepare_s is None
     assert fine.seconds is not None
@@ -220,22 +235,22 @@ def test_breakdown_sums_self_times_per_step() -> None:
 
 def test_operations_are_those_of_the_model() -> None:
     size = Size(128, 2, 12)
-    model, latent, timestep = build(size, torch.device("cpu"))
+    model, latent, timesteps = build(size, torch.device("cpu"))
     linears = [m for block in model.blocks for n, m in block.named_modules() if isinstance(m, torch.nn.Linear)]
     token_path = [m for m in linears if m.out_features != 6 * size.hidden]
     assert size.linear_ops == sum(2 * size.tokens * m.in_features * m.out_features for m in token_path)
     assert latent.shape[2] * latent.shape[3] == 4 * size.tokens
-    out = model(latent, timestep)
+    out = model(latent, timesteps[0])
     assert out.shape == latent.shape and bool(out.isfinite().all())
 
 
 def test_every_block_of_the_model_matters() -> None:
-    model, latent, timestep = build(Size(64, 3, 16), torch.device("cpu"))
-    reference = model(latent, timestep)
-    assert harness.relative_error(model(latent, timestep + 100), reference) > 0.05
+    model, latent, timesteps = build(Size(64, 3, 16), torch.device("cpu"))
+    reference = model(latent, timesteps[0])
+    assert harness.relative_error(model(latent, timesteps[5]), reference) > 0.05
     for index in range(3):
         kept, model.blocks[index] = model.blocks[index], _Identity()
-        assert harness.relative_error(model(latent, timestep), reference) > 0.05
+        assert harness.relative_error(model(latent, timesteps[0]), reference) > 0.05
         model.blocks[index] = kept
 
 
@@ -251,12 +266,11 @@ def test_the_model_is_the_same_each_time_and_leaves_the_random_state_alone() -> 
     torch.manual_seed(5)
     assert torch.equal(torch.rand(3), after)
     second = build(Size(64, 1, 16), torch.device("cpu"))
-    assert torch.equal(first[0](*first[1:]), second[0](*second[1:]))
+    assert torch.equal(first[0](first[1], first[2][3]), second[0](second[1], second[2][3]))
 
 
 def test_peers_and_ditcs_are_candidates() -> None:
-    model, *inputs = build(Size(64, 1, 16), torch.device("cpu"))
-    names = [c.name for c in candidates.candidates(model, (inputs[0], inputs[1]))]
+    names = [c.name for c in candidates.candidates(*build(Size(64, 1, 16), torch.device("cpu")))]
     assert set(candidates.PEERS) | set(candidates.DITCS) <= set(names)
     assert len(names) == len(set(names))
 
