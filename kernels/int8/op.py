@@ -130,12 +130,53 @@ def check_int8_linear(
         raise ValueError(f"K = {weight_q.shape[1]} is beyond {MAX_K}: an int32 sum of int8 products could overflow")
     if tuple(scale.shape) != (*q.shape[:-1], 1):
         raise ValueError(f"scale has shape {tuple(scale.shape)}, expected {(*q.shape[:-1], 1)}")
-    if tuple(weight_scale.shape) != (weight_q.shape[0],):
-        raise ValueError(f"weight_scale has shape {tuple(weight_scale.shape)}, expected {(weight_q.shape[0],)}")
+    _check_columns(weight_q.shape[0], weight_scale, bias)
+
+
+def int8_weight_linear_reference(x: Tensor, weight_q: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer whose weight alone is quantised: ``(x @ weight_q.T) * weight_scale + bias``.
+
+    For the few rows of a conditioning vector, where reading the weight is the whole cost and rounding the vector
+    would gain nothing.
+
+    Args:
+        x: ``[..., K]``, float32, bfloat16 or float16.
+        weight_q: int8 ``[N, K]``.
+        weight_scale: float32 ``[N]``.
+        bias: ``[N]`` of any float type, or ``None``.
+
+    Returns:
+        ``[..., N]`` in the type of ``x``; summed in float32, rounded once.
+
+    Raises:
+        TypeError: an operand has the wrong type.
+        ValueError: shapes disagree.
+    """
+    check_int8_weight_linear(x, weight_q, weight_scale, bias)
+    # float64 gives the sum itself, of which float32 implementations are within TOLERANCE * sqrt(K) of its terms
+    y = (x.to(torch.float64) @ weight_q.to(torch.float64).t()) * weight_scale.to(torch.float64)
+    if bias is not None:
+        y = y + bias.to(torch.float64)
+    return y.to(x.dtype)
+
+
+def check_int8_weight_linear(x: Tensor, weight_q: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
+    """Raises what :func:`int8_weight_linear_reference` promises for operands that do not fit together."""
+    _check_float(x, "x")
+    if weight_q.dtype != torch.int8 or weight_scale.dtype != torch.float32:
+        raise TypeError(f"an int8 weight with float32 scales is wanted, got {weight_q.dtype}, {weight_scale.dtype}")
+    if x.dim() == 0 or weight_q.dim() != 2 or x.shape[-1] != weight_q.shape[1]:
+        raise ValueError(f"[..., K] x [N, K] expected, got {tuple(x.shape)} x {tuple(weight_q.shape)}")
+    _check_columns(weight_q.shape[0], weight_scale, bias)
+
+
+def _check_columns(N: int, weight_scale: Tensor, bias: Tensor | None) -> None:
+    if tuple(weight_scale.shape) != (N,):
+        raise ValueError(f"weight_scale has shape {tuple(weight_scale.shape)}, expected {(N,)}")
     if bias is not None:
         _check_float(bias, "bias")
-        if tuple(bias.shape) != (weight_q.shape[0],):
-            raise ValueError(f"bias has shape {tuple(bias.shape)}, expected {(weight_q.shape[0],)}")
+        if tuple(bias.shape) != (N,):
+            raise ValueError(f"bias has shape {tuple(bias.shape)}, expected {(N,)}")
 
 
 def _check_float(x: Tensor, name: str) -> None:
@@ -148,6 +189,7 @@ quantize_int8_weight = torch.library.custom_op(
     "ditc::quantize_int8_weight", quantize_int8_weight_reference, mutates_args=()
 )
 int8_linear = torch.library.custom_op("ditc::int8_linear", int8_linear_reference, mutates_args=())
+int8_weight_linear = torch.library.custom_op("ditc::int8_weight_linear", int8_weight_linear_reference, mutates_args=())
 
 
 @quantize_int8.register_fake
@@ -168,3 +210,9 @@ def _(
 ) -> Tensor:
     check_int8_linear(q, scale, weight_q, weight_scale, bias, out_dtype)
     return scale.new_empty((*q.shape[:-1], weight_q.shape[0]), dtype=out_dtype)
+
+
+@int8_weight_linear.register_fake
+def _(x: Tensor, weight_q: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    check_int8_weight_linear(x, weight_q, weight_scale, bias)
+    return x.new_empty((*x.shape[:-1], weight_q.shape[0]))

@@ -59,11 +59,18 @@ SAMPLES: dict[str, list[tuple[Any, ...]]] = {
         (torch.full((2, 515), 127, dtype=torch.int8), torch.ones(2, 1), torch.full((3, 515), -127, dtype=torch.int8),
          torch.ones(3), None, torch.float32),
     ],
+    "int8_weight_linear": [
+        (normal(1, 33), *packed(1, 33, 7)[2:]),
+        (normal(2, 3, 20), *packed(1, 20, 5)[2:4], None),
+        (normal(3, 17, dtype=torch.bfloat16), *packed(1, 17, 6)[2:]),
+        (normal(0, 8), *packed(1, 8, 4)[2:]),
+    ],
 }  # fmt: skip
 REFERENCES = {
     "quantize_int8": int8.quantize_int8_reference,
     "quantize_int8_weight": int8.quantize_int8_weight_reference,
     "int8_linear": int8.int8_linear_reference,
+    "int8_weight_linear": int8.int8_weight_linear_reference,
 }
 CASES = [
     pytest.param(name, args, id=f"{name}-{i}") for name, samples in SAMPLES.items() for i, args in enumerate(samples)
@@ -80,7 +87,9 @@ def test_op_is_registered_soundly(name: str, args: tuple[Any, ...]) -> None:
 def test_every_implementation_equals_the_reference(implementation: str, name: str, args: tuple[Any, ...]) -> None:
     run = getattr(OPS, name) if implementation == "dispatched" else lowered(name, implementation.split()[0])
     actual, expected = run(*args), REFERENCES[name](*args)
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    exact = name != "int8_weight_linear"  # a float sum has an order; all else is integers and single roundings
+    rtol = 0.0 if exact else max(1e-5, torch.finfo(args[0].dtype).eps)
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=rtol)
 
 
 @pytest.mark.parametrize(("dtype", "dynamic"), [(torch.float32, False), (torch.float32, True), (torch.bfloat16, True)])
@@ -102,6 +111,19 @@ def test_lowering_compiles_and_agrees(dtype: torch.dtype, dynamic: bool) -> None
             x = normal(2, M, 131, seed=M, dtype=dtype)
             # inductor may contract a multiplication and an addition: one unit in the last place
             torch.testing.assert_close(compiled(x, w, b), linear(x, w, b), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(M=st.integers(0, 9), K=st.integers(1, 70), N=st.integers(1, 30), dtype=st.sampled_from(FLOATS))
+def test_weight_linear_is_near_the_float_product(M: int, K: int, N: int, dtype: torch.dtype) -> None:
+    x, w = normal(M, K, dtype=dtype), normal(N, K, seed=1)
+    weight_q, weight_scale = OPS.quantize_int8_weight(w)
+    truth = x.double() @ w.double().t()
+    bound = x.double().abs().sum(-1, keepdim=True) * weight_scale.double() / 2 + truth.abs() * torch.finfo(dtype).eps
+    for run in (OPS.int8_weight_linear, lowered("int8_weight_linear"), int8.int8_weight_linear_reference):
+        y = run(x, weight_q, weight_scale, None)
+        assert y.dtype == dtype and y.shape == (M, N)
+        assert bool(((y.double() - truth).abs() <= bound * (1 + 2 * torch.finfo(dtype).eps) + 1e-5).all())
 
 
 @pytest.mark.parametrize("rows", [1, 5, 16, 17, 40])
