@@ -1,6 +1,6 @@
 """Writes the model card and its curves from the records of a training run and the measured figures, and nothing else.
 
-python -m ditc.examples.digits.card --run out/digits --hardware "…"
+python -m ditc.examples.digits.card --run out/digits --quality quality.json --hardware "…" --note "…"
 """
 
 from __future__ import annotations
@@ -97,6 +97,7 @@ the digit enlarged to 12 px, constant speed of 1 to 2.5 px a frame, bouncing, ov
 - hardware: {training["hardware"]}, shared with other work: {training["seconds"] / 60:.0f} minutes of training steps
   (median {training["seconds_per_step"]:.2f} s a step); torch {training["torch"]}, Python {training["python"]}
 - the last loss, the mean of {training["last_losses"]} steps, is {training["loss"]:.4f}
+- {training["note"]}
 
 ![curves]({CURVES})
 
@@ -128,6 +129,7 @@ def main(
     run: Annotated[Path, typer.Option(help="Folder of the training run")],
     quality: Annotated[Path, typer.Option(help="JSON file that ditc.examples.digits.evaluate wrote")],
     hardware: Annotated[str, typer.Option(help="What it was trained on")],
+    note: Annotated[str, typer.Option(help="What else a reader should know of the run")],
     folder: Annotated[Path, typer.Option(help="Folder of the shipped weights")] = WEIGHTS,
 ) -> None:
     """Copy the records of a run beside its weights, and write results.json, curves.png and MODEL_CARD.md."""
@@ -146,6 +148,7 @@ def main(
             "command": f"python -m ditc.examples.digits.train --steps {recipe.steps} --seed {recipe.seed}",
             **state["recipe"],
             "hardware": hardware,
+            "note": note,
             "torch": torch.__version__.split("+")[0],
             "python": platform.python_version(),
             "seconds": round(every * sum(seconds)),
