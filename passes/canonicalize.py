@@ -39,7 +39,7 @@ class Canonicalize:
     7. ``view`` becomes ``reshape``, so that later passes may change strides;
     8. ``scaled_dot_product_attention`` takes q, k, v, mask, dropout and causality by position, scale and
        ``enable_gqa`` by keyword and only when they are not the default;
-    9. ``addmm``/``mm``/``matmul`` with a transposed two-dimensional weight is a ``linear``.
+    9. ``addmm``/``mm``/``matmul`` with a two-dimensional weight on the right is a ``linear`` with its transpose.
     """
 
     name: ClassVar[str] = "canonicalize"
@@ -186,11 +186,16 @@ def _matmul_to_linear(graph: fx.GraphModule, node: fx.Node) -> bool:
         bias, (x, w) = None, node.args
     else:
         return False
-    weight = _transposed_weight(w)
     plain_bias = bias is None or (is_weight(bias) and bias.meta["val"].dim() == 1)  # type: ignore[union-attr]
-    if weight is None or not plain_bias or not isinstance(x, fx.Node) or x.meta["val"].dim() < 2:
+    if not plain_bias or not isinstance(x, fx.Node) or not isinstance(w, fx.Node) or x.meta["val"].dim() < 2:
         return False
+    weight = _transposed_weight(w)
     with graph.graph.inserting_before(node):
+        if weight is None:
+            if not is_weight(w) or w.meta["val"].dim() != 2:
+                return False
+            weight = new_call(graph, node, aten.t.default, (w,))
+            weight.meta["val"] = w.meta["val"].t()
         linear = new_call(graph, node, aten.linear.default, (x, weight) if bias is None else (x, weight, bias))
     linear.meta["val"] = node.meta["val"]
     return _replace(node, linear)
@@ -205,5 +210,5 @@ _RULES: tuple[tuple[str, Callable[[fx.GraphModule, fx.Node], bool]], ...] = (
     ("aliases and gradient switches", _drop_alias),
     ("view to reshape", _view_to_reshape),
     ("attention arguments in one layout", _normal_attention),
-    ("matmul by a transposed weight to linear", _matmul_to_linear),
+    ("matmul by a weight to linear", _matmul_to_linear),
 )

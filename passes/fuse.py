@@ -38,7 +38,7 @@ class FuseLinears:
                 continue
             weights = [arg for arg in node.args[1:] if arg is not None]
             if not all(map(is_weight, weights)):
-                skipped.append(Skip(node.name, "its weight is computed in the graph"))
+                skipped.append(Skip(node.name, "the graph computes its weight or bias"))
                 continue
             key = (node.args[0], len(weights), weights[0].meta["val"].dtype, facts.stack, facts.block)  # type: ignore[union-attr]
             groups.setdefault(key, []).append(node)
@@ -70,6 +70,7 @@ def _fuse(graph: fx.GraphModule, group: list[fx.Node]) -> None:
     for index, node in enumerate(group):
         with graph.graph.inserting_after(after):
             part = new_call(graph, node, operator.getitem, (split, index))
+        part.meta["val"] = node.meta["val"]
         node.replace_all_uses_with(part)
         graph.graph.erase_node(node)
         after = part

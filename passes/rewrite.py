@@ -33,6 +33,24 @@ def is_weight(node: Any) -> bool:
     return isinstance(node, fx.Node) and node.op == "placeholder" and node.meta[INPUT].is_weight
 
 
+def made_from_weights(node: fx.Node, limit: int = 64) -> list[fx.Node] | None:
+    """The calls between the module's weights and ``node``, ``node`` included, in no order; empty for a weight itself.
+
+    ``None`` when an input of the caller's has a part in it, or when more than ``limit`` calls do.
+    """
+    found: dict[fx.Node, None] = {}
+    pending = [node]
+    while pending:
+        current = pending.pop()
+        if current in found or is_weight(current):
+            continue
+        if current.op != "call_function" or not current.all_input_nodes or len(found) >= limit:
+            return None
+        found[current] = None
+        pending += current.all_input_nodes
+    return list(found)
+
+
 def input_of(node: fx.Node) -> GraphInput:
     """What a placeholder stands for."""
     fact = node.meta[INPUT]

@@ -12,7 +12,7 @@ from torch import fx
 from ditc.kernels import int8
 
 from ..base import PACK, PACKED_FROM, PassContext, PassReport, Skip
-from ..rewrite import aten, calls, facts_of, input_of, is_weight, new_call
+from ..rewrite import aten, calls, facts_of, input_of, is_weight, made_from_weights, new_call
 from ..structure import Role
 
 QUANTIZED = frozenset(
@@ -33,7 +33,8 @@ class QuantizeInt8:
 
     1. ``linear(x, w, b)`` becomes ``int8_linear(*quantize_int8(x), *quantize_int8_weight(w), b, dtype of x)``;
     2. all linears that read one ``x`` share one ``quantize_int8(x)``;
-    3. ``quantize_int8_weight(w)`` depends on weights alone and is computed once per set of weights.
+    3. ``quantize_int8_weight(w)`` depends on weights alone and is computed once per set of weights; so is ``w``
+       itself where the graph makes it from weights (a transpose, a concatenation, a low-rank update).
     """
 
     name: ClassVar[str] = "quantize"
@@ -61,15 +62,11 @@ class QuantizeInt8:
         return PassReport(self.name, rewrites, tuple(skipped), requested=True, details=tuple(details))
 
 
-def _depends_on_weights_alone(node: fx.Node) -> bool:
-    return is_weight(node) or bool(node.meta.get(PACK))
-
-
 def _reason_to_skip(node: fx.Node, device: torch.device) -> str | None:
     x, weight = node.args[:2]
     assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)
-    if not _depends_on_weights_alone(weight):
-        return "its weight is computed in the graph"
+    if made_from_weights(weight) is None:
+        return "its weight depends on an input"
     for operand, what in ((x, "input"), (weight, "weight")):
         dtype = operand.meta["val"].dtype
         if dtype not in _FLOATS:
@@ -88,6 +85,8 @@ def _quantize(graph: fx.GraphModule, node: fx.Node, shared: dict[fx.Node, tuple[
         with graph.graph.inserting_after(x):
             pair = new_call(graph, node, ops.quantize_int8.default, (x,))
         shared[x] = _unpack(graph, pair)
+    for made in made_from_weights(weight) or ():
+        made.meta[PACK] = True
     with graph.graph.inserting_before(node):
         packed = new_call(graph, node, ops.quantize_int8_weight.default, (weight,))
         weight_q, weight_scale = _unpack(graph, packed)
@@ -97,6 +96,7 @@ def _quantize(graph: fx.GraphModule, node: fx.Node, shared: dict[fx.Node, tuple[
         dtype = node.meta["val"].dtype
         args = (*shared[x], weight_q, weight_scale, bias, dtype)
         linear = new_call(graph, node, ops.int8_linear.default, args)
+        linear.meta["val"] = node.meta["val"]
     node.replace_all_uses_with(linear)
     graph.graph.erase_node(node)
 
@@ -109,6 +109,8 @@ def _unpack(graph: fx.GraphModule, pair: fx.Node) -> tuple[fx.Node, fx.Node]:
 
 
 def _names(weight: fx.Node) -> str:
-    """The names of the weights behind a weight or a concatenation of weights."""
-    parts = [weight] if weight.op == "placeholder" else weight.all_input_nodes
-    return " + ".join(input_of(part).name if part.op == "placeholder" else part.name for part in parts)
+    """The names of all weights behind a weight."""
+    if is_weight(weight):
+        return input_of(weight).name
+    parts = {part: None for made in made_from_weights(weight) or () for part in made.all_input_nodes if is_weight(part)}
+    return " + ".join(input_of(part).name for part in parts)

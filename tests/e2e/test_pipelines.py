@@ -24,8 +24,9 @@ def pipeline() -> Any:
         joint_attention_dim=12, pooled_projection_dim=10, axes_dims_rope=(4, 6, 6),
     )  # fmt: skip
     vae = diffusers.AutoencoderKL(
-        block_out_channels=(4,), layers_per_block=1, latent_channels=4, norm_num_groups=1, down_block_types=("DownEncoderBlock2D",),
-        up_block_types=("UpDecoderBlock2D",), use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.0, scaling_factor=1.0,
+        block_out_channels=(4,), layers_per_block=1, latent_channels=4, norm_num_groups=1,
+        down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",), use_quant_conv=False,
+        use_post_quant_conv=False, shift_factor=0.0, scaling_factor=1.0,
     )  # fmt: skip
     pipe = diffusers.FluxPipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), vae=vae, text_encoder=None, tokenizer=None,

@@ -48,6 +48,10 @@ CASES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[str]]] = {
     "matmul by the transpose": (lambda x, w: x @ w.t(), ["linear.default"]),
     "matmul by mT": (lambda x, w: torch.matmul(x, w.transpose(-1, -2)), ["linear.default"]),
     "addmm": (lambda x, w: torch.addmm(w[:, 0], x[0], w.t()), ["select.int", "select.int", "addmm.default"]),
+    "matmul by a weight": (
+        lambda x, w: torch.cat([x, x[..., :2]], -1) @ w,
+        ["slice.Tensor", "cat.default", "t.default", "linear.default"],
+    ),
     "matmul by a square view": (lambda x, w: x @ w[:4], ["slice.Tensor", "matmul.default"]),
     "attention": (attend_by_keyword, ["unsqueeze.default", "scaled_dot_product_attention.default"]),
 }
