@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from ditc.runtime import weights as runtime_weights
 from ditc.runtime.weights import WeightCache
 
 
@@ -61,6 +62,21 @@ def test_one_element_through_data_is_noticed_by_the_checksum() -> None:
     packed.get(weights, thorough=False)
     weights[0].data[7, 7] += 1
     assert torch.equal(packed.get(weights, thorough=True)[0], expected(weights))
+
+
+def test_checksums_take_a_bounded_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[int] = []
+    real = runtime_weights._checksum
+    monkeypatch.setattr(runtime_weights, "_checksum", lambda bits: counted.append(1) or real(bits))
+    weights, packed = linears(), cache()
+    packed.get(weights, thorough=True)
+    entry = next(iter(packed._entries.values()))
+    entry.checksum_due = 0.0
+    packed.get(weights, thorough=True)
+    assert len(counted) == 2, "one when packed, one when due"
+    entry.checksum_due = float("inf")
+    packed.get(weights, thorough=True)
+    assert len(counted) == 2, "none before it is due again"
 
 
 def test_nothing_is_packed_twice_without_an_edit() -> None:
