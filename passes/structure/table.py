@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 def render(structure: Structure) -> RenderableType:
     """Everything that was found, readable from 80 columns on; what was not found comes last, with the reason."""
-    parts: list[RenderableType] = [_summary(structure)]
+    parts: list[RenderableType] = [_summary(structure), Text()]
     if structure.stacks:
         parts.append(_stacks(structure.stacks))
     if structure.attentions:
@@ -27,7 +27,7 @@ def render(structure: Structure) -> RenderableType:
     if structure.linears:
         parts.append(_linears(structure))
     if structure.notes:
-        parts.append(Text("not found, or in doubt", style="bold"))
+        parts.append(Text("\nnotes: not found, in doubt, or unusual", style="bold"))
         parts += [Text(f"  {note}") for note in structure.notes]
     return Group(*parts)
 
@@ -172,29 +172,51 @@ class _Row:
 
 
 def _linears(structure: Structure) -> RenderableType:
+    """One table per stack, with columns in line."""
     total = sum(linear.macs for linear in structure.linears) or 1
-    table = _table(
-        f"linears ({len(structure.linears)}, {_count(total)} multiply-adds a call)",
-        ("role", "left"),
-        ("", "right"),
-        ("M × K → N", "right"),
-        ("work", "right"),
-        ("modules", "left"),
-    )
-    places = [stack.name for stack in structure.stacks]
-    for place in (None, *places):
-        rows = _rows([linear for linear in structure.linears if linear.stack == place])
-        if not rows:
-            continue
-        table.add_section()
-        depth = f" × {structure.stack(place).depth}" if place else ""
-        table.add_row(Text(f"{place or 'outside the stacks'}{depth}", style="italic"))
+    title = f"linears: {len(structure.linears)}, {_count(total)} multiply-adds a call"
+    parts: list[RenderableType] = [Text(title, style="bold")]
+    groups = [(place, _rows([w for w in structure.linears if w.stack == place])) for place in _places(structure)]
+    sizes = max(len(_sizes(row)) for _, rows in groups for row in rows)
+    for place, rows in groups:
+        heading = f"{place} × {structure.stack(place).depth}" if place else "outside the stacks"
+        table = Table(
+            title=heading,
+            title_justify="left",
+            title_style="italic",
+            box=None,
+            pad_edge=False,
+            expand=True,
+            show_header=False,
+        )
+        table.add_column(width=_ROLE, no_wrap=True)
+        table.add_column(width=4, justify="right", no_wrap=True)
+        table.add_column(width=sizes, justify="right", no_wrap=True)
+        table.add_column(width=7, justify="right", no_wrap=True)
+        table.add_column(ratio=1, overflow="fold")
         for row in rows:
-            M, N, K = row.sizes
-            share = f"{100 * row.macs / total:.1f} %"
             names = row.names.removeprefix(f"{place}.") if place else row.names
-            table.add_row(f"  {row.role}", f"{row.count}×", f"{M} × {K} → {N}", share, names)
-    return table
+            share = f"{100 * row.macs / total:.1f} %"
+            table.add_row(f"  {row.role}", f"{row.count}×", _sizes(row), share, names)
+        parts += [Text(), table]
+    parts.append(
+        Text("\n  sizes are rows × features in → features out; then the share of all multiply-adds", style="dim")
+    )
+    return Group(*parts)
+
+
+_ROLE = 2 + max(len(role) for role in Role)
+
+
+def _places(structure: Structure) -> list[str | None]:
+    """What is outside the stacks, then the stacks, as far as they hold linears."""
+    held = {linear.stack for linear in structure.linears}
+    return [place for place in (None, *(stack.name for stack in structure.stacks)) if place in held]
+
+
+def _sizes(row: _Row) -> str:
+    M, N, K = row.sizes
+    return f"{M} × {K} → {N}"
 
 
 def _rows(linears: Sequence[Linear]) -> list[_Row]:

@@ -104,9 +104,7 @@ BY_HAND = {
         "t",
     ),
     "mmdit": Expected("latent 12", [("layers", 3, 2)], _sites(joint=3), "t", others={"others.0"}),
-    "three_streams": Expected(
-        "latent 12", [("layers", 3, 3)], _sites(joint=3), "t", others={"others.0", "others.1"}
-    ),
+    "three_streams": Expected("latent 12", [("layers", 3, 3)], _sites(joint=3), "t", others={"others.0", "others.1"}),
     "per_token": Expected("x 12", [("blocks", 3, 1)], _sites(self=3)),
     "mixer": Expected(GRID, [("blocks", 3, 1)], {}, "t", {"y"}),
 }
@@ -337,7 +335,11 @@ def _nameless(module: fx.GraphModule) -> fx.GraphModule:
     return copy
 
 
-UNALIKE = {"sd35": "its last blocks differ", "uvit": "it counts the middle block in", "interleaved": "they are one stack"}
+UNALIKE = {
+    "sd35": "its last blocks differ",
+    "uvit": "it counts the middle block in",
+    "interleaved": "they are one stack",
+}
 
 
 @pytest.mark.parametrize("name", [*ISSUE, *(n for n in BY_HAND if n not in ("spatial_temporal", *UNALIKE)), "sana"])
@@ -377,12 +379,25 @@ def test_a_guidance_that_looks_like_the_timestep_is_told_apart_by_name(captured:
 
 def test_properties_of_attentions(captured: Captured) -> None:
     flux = analyse(captured("flux")[0].graph).attentions[0]
-    assert (flux.heads, flux.head_dim, flux.q_len, flux.q_norm, flux.k_norm, flux.rope) == (2, 16, 23, "rms", "rms", True)
+    assert (flux.heads, flux.head_dim, flux.q_len, flux.q_norm, flux.k_norm, flux.rope) == (
+        2,
+        16,
+        23,
+        "rms",
+        "rms",
+        True,
+    )
     assert flux.query_tokens == ("encoder_hidden_states", "hidden_states") and flux.mask is None
     pixart = {site.kind: site for site in analyse(captured("pixart")[0].graph).attentions}
     assert pixart["cross"].mask == "additive" and pixart["self"].mask is None and not pixart["self"].rope
     explicit = analyse(captured("explicit_dit")[0].graph).attentions[0]
-    assert (explicit.kv_heads, explicit.heads, explicit.mask, explicit.q_norm, explicit.rope) == (1, 2, "additive", "rms", True)
+    assert (explicit.kv_heads, explicit.heads, explicit.mask, explicit.q_norm, explicit.rope) == (
+        1,
+        2,
+        "additive",
+        "rms",
+        True,
+    )
     einsum = analyse(captured("einsum_dit")[0].graph).attentions[0]
     assert (einsum.layout, einsum.heads, einsum.mask) == ("BLHD", 2, "bool")
     packed = analyse(captured("mha_weights_dit")[0].graph).attentions[0]
