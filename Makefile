@@ -7,7 +7,7 @@ TORCH ?= torch>=2.11,<2.14
 # tests run in the Triton interpreter on CPUs; versions in which it is known to work
 TRITON ?= triton>=3.7.1,<3.8
 
-.PHONY: demo test lint types unit gpu bench clean
+.PHONY: demo test lint types unit gpu bench teacher clean
 
 $(BIN)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +36,10 @@ bench: $(BIN)/.ready
 	$(BIN)/python -m pip install --quiet --editable ".[bench]"
 	$(BIN)/python -m benchmarks step-latency
 	$(BIN)/python -m benchmarks guard-overhead
+
+# trains the demo's model anew; about an hour on two cores
+teacher: $(BIN)/.ready
+	$(BIN)/python -m ditc.examples.digits.train --steps 3200 --seed 0
 
 # with whatever torch and triton the machine's own python has: nothing is installed but ditc itself
 gpu:
