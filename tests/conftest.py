@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -48,6 +49,7 @@ def load(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"zoo_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # so that one of them can import from another
     spec.loader.exec_module(module)
     return module
 
@@ -56,7 +58,7 @@ def load(path: Path) -> ModuleType:
 def zoo() -> Mapping[str, Callable[[], Built]]:
     """Builders by name: each returns a tiny model in evaluation mode and example inputs, always the same."""
     builders: dict[str, Callable[[], Built]] = {}
-    for name in ("diffusers_models", "diffusers_more", "handwritten"):
+    for name in ("diffusers_models", "diffusers_images", "diffusers_video", "handwritten", "handwritten_streams"):
         builders |= load(ZOO / f"{name}.py").MODELS
     return {name: _seeded(build) for name, build in builders.items()}
 
@@ -73,8 +75,9 @@ def _seeded(build: Callable[[], Built]) -> Callable[[], Built]:
 
 @pytest.fixture(scope="session")
 def handwritten() -> ModuleType:
-    """The module of hand-written models, for tests that build them with sizes of their own."""
-    return load(ZOO / "handwritten.py")
+    """The module of hand-written models with several streams, for tests that build them with sizes of their own."""
+    load(ZOO / "handwritten.py")
+    return load(ZOO / "handwritten_streams.py")
 
 
 @pytest.fixture(scope="session")

@@ -11,10 +11,11 @@ from .flow import CONVOLUTIONS, Dependence, Flow, dependence
 from .linear_attention import linear_site
 from .ops import graph_input, packet, shape, tensors, value
 from .products import Product, find_products
-from .rules import Walk, propagate
+from .rules import propagate
 from .sites import Site, find_sites
 from .timestep import choose, raw_scalars, sinusoids
 from .tokens import Tokens, find_tokens
+from .walk import Walk
 
 
 @dataclass

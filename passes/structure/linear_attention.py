@@ -12,8 +12,8 @@ from torch import fx
 from .axes import DATA, FEATURE, Dim, rank_of
 from .flow import VIEWS, Dependence, _packets
 from .ops import aten, packet, shape, tensors
-from .rules import Walk
 from .sites import Site
+from .walk import Walk
 
 _PRODUCTS = frozenset((aten.matmul, aten.bmm))
 _BETWEEN = VIEWS | _packets("div mul add slice")

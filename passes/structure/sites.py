@@ -12,7 +12,7 @@ from .axes import FEATURE, Dim, rank_of
 from .facts import MaskKind
 from .flow import VIEWS, Dependence, _packets
 from .ops import argument, aten, packet, shape, tensors, value
-from .rules import Walk
+from .walk import Walk
 
 _FUSED = _packets(
     "scaled_dot_product_attention _scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention "

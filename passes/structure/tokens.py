@@ -11,8 +11,8 @@ from .axes import DATA, FEATURE, Atom, AxisAlgebra, Dim, rank_of
 from .facts import SubAxis, TokenAxis
 from .flow import CONVOLUTIONS, CUTS, VIEWS, Dependence
 from .ops import content, graph_input, packet, shape, tensors, value
-from .rules import Walk
 from .sites import Site
+from .walk import Walk
 
 
 @dataclass

@@ -365,6 +365,16 @@ def test_a_broken_graph_is_reported_not_raised(captured: Captured) -> None:
         assert {w.role for w in structure.linears} >= {Role.QKV, Role.OUT, Role.MLP_UP, Role.MLP_DOWN}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lumina2", "omnigen", "mochi", "hidream", "z_image", "wan_vace", "wan_i2v"])
+def test_models_that_break_or_differ_are_analysed_all_the_same(name: str, captured: Captured) -> None:
+    """Most of these come in several graphs: nothing fails, and no linear behind an input is left without a role."""
+    for capture in captured(name):
+        structure = analyse(capture.graph)
+        assert all(linear.role is not Role.UNKNOWN for linear in structure.linears)
+        assert structure.timestep is not None or any("No timestep" in note for note in structure.notes)
+
+
 def test_a_network_without_tokens_says_so(captured: Captured) -> None:
     structure = _main(captured("convnet"))
     assert structure.token_axis is None and not structure.stacks and structure.timestep is None
