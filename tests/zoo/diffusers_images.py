@@ -175,7 +175,7 @@ def cogview4() -> Built:
         "hidden_states": _latents(4, 8, 8),
         "encoder_hidden_states": _latents(7, 20),
         "timestep": torch.tensor([3, 7]),
-        "original_size": sizes,
+        "original_size": sizes.clone(),
         "target_size": sizes,
         "crop_coords": torch.zeros(B, 2),
     }
