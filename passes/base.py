@@ -32,8 +32,9 @@ class Skip:
 class PassReport:
     """What one pass did.
 
-    ``candidates`` counts what the pass looked at because the plan asked for it; when there were candidates and
-    nothing was rewritten, the runner makes that an error if the pass is ``requested``.
+    ``rewrites`` counts what it changed, ``skipped`` what it could have changed and why it did not. Where the plan asked
+    for the pass by name (``requested``) and everything was skipped, the runner makes that an error. The runner fills in
+    the time and the numbers of operators.
     """
 
     name: str

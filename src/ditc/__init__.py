@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .api import Stats, compile, stats
-    from .explain import Explanation, explain
+    from .explanation import Explanation, explain
     from .passes.errors import CaptureError, DitcError, PassError, PlanError, VerifyError
     from .passes.plan import Plan
     from .runtime.session import Session, branch, session
@@ -22,8 +22,8 @@ _HOMES = {
     "Stats": "api",
     "compile": "api",
     "stats": "api",
-    "Explanation": "explain",
-    "explain": "explain",
+    "Explanation": "explanation",
+    "explain": "explanation",
     "CaptureError": "passes.errors",
     "DitcError": "passes.errors",
     "PassError": "passes.errors",
@@ -58,7 +58,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'ditc' has no attribute {name!r}")
     value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
-    globals()[name] = value  # a submodule may bear the same name (explain): the public object wins from now on
+    globals()[name] = value
     return value
 
 

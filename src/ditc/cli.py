@@ -31,7 +31,7 @@ def explain(
     json: Annotated[bool, typer.Option(help="print data instead of tables")] = False,
 ) -> None:
     """Show what the compiler sees in a model, and what the passes of a plan do with it."""
-    from .explain import explain as explain_model
+    from .explanation import explain as explain_model
     from .model_source import build_model, parse_input
     from .passes.plan import Plan
 

@@ -102,14 +102,11 @@ def explain(
         kwargs = example_inputs(model)
     named = _by_name(model, tuple(args), dict(kwargs or {}))
     collector = _Collector(chosen)
-    before = dict(torch._dynamo.utils.counters["graph_break"])
     # a cache limit that the model's own compilations have used up must not silence us
     limits = {"recompile_limit": 256, "accumulated_recompile_limit": 4096}
     with _evaluating(model), torch.no_grad(), torch._dynamo.config.patch(limits):
         torch.compile(model, backend=collector)(*named[0], **named[1])
-    after = torch._dynamo.utils.counters["graph_break"]
-    breaks = [reason for reason, count in after.items() if count > before.get(reason, 0)]
-    return collector.explanation(type(model).__name__, breaks)
+    return collector.explanation(type(model).__name__)
 
 
 @dataclass
@@ -119,8 +116,10 @@ class _Collector:
     plan: Plan
     graphs: list[GraphReport] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    breaks: list[str] = field(default_factory=list)
 
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
+        self.breaks += _graph_break(gm)
         self.graphs.append(self._report(gm, example_inputs))
         return gm.forward
 
@@ -146,7 +145,7 @@ class _Collector:
             self.notes.append(str(error))
             return rewrite(capture_dynamo(gm, example_inputs), self.plan, passes=())
 
-    def explanation(self, name: str, breaks: list[str]) -> Explanation:
+    def explanation(self, name: str) -> Explanation:
         found = [graph for graph in self.graphs if graph.structure is not None]
         notes = [*self.notes, *(f"not analysed: {g.untouched}" for g in self.graphs if g.untouched)]
         if not found:
@@ -154,9 +153,21 @@ class _Collector:
         main = max(found, key=lambda graph: len(graph.structure.linears if graph.structure else ()))
         if len(self.graphs) > 1:
             notes.append(f"the model breaks into {len(self.graphs)} graphs; shown is the one with the most linears")
-        notes += [f"graph break: {' '.join(reason.split())[:300]}" for reason in breaks]
+            if not self.breaks:
+                # a break inside of a loop: Dynamo runs the function around it eagerly, and says so only in its log
+                notes.append("Dynamo gives no reason for it; TORCH_LOGS=graph_breaks names the place")
+        notes += [f"graph break: {reason}" for reason in dict.fromkeys(self.breaks)]
         assert main.structure is not None
         return Explanation(name, self.plan, main.structure, main.passes, tuple(self.graphs), tuple(notes))
+
+
+def _graph_break(gm: fx.GraphModule) -> list[str]:
+    """Why Dynamo ended this graph, and where in the user's code, if it was for a graph break."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is None or not reason.graph_break:
+        return []
+    where = f" at {reason.user_stack[-1].filename}:{reason.user_stack[-1].lineno}" if reason.user_stack else ""
+    return [str(reason.reason).split("\n")[0] + where]
 
 
 def _by_name(
