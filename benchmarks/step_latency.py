@@ -50,7 +50,9 @@ def run(
     progress(text)
     document["sizes"] = []
     for size in sizes:
-        entry, header, body = measure_size(device, size, document["ceiling_gops"], rounds, clock, only, progress)
+        # every candidate compiles the same forward anew, which Dynamo would take for a model that keeps recompiling
+        with torch._dynamo.config.patch(recompile_limit=64):
+            entry, header, body = measure_size(device, size, document["ceiling_gops"], rounds, clock, only, progress)
         document["sizes"].append(entry)
         show(str(size), header, body)
         section = f"\n\n## {size}\n\n{markdown(header, body)}\n\n" + "\n".join(_findings(entry))
@@ -76,8 +78,7 @@ def measure_size(
     model, latent, timesteps = build(size, device)
     references = [who.run_step(model, latent, timesteps, step) for step in range(len(timesteps))]
     field = [c for c in who.candidates(model, latent, timesteps) if not only or any(part in c.name for part in only)]
-    with torch._dynamo.config.patch(recompile_limit=64):
-        results = measure(field, references, rounds=rounds, clock=clock, progress=progress)
+    results = measure(field, references, rounds=rounds, clock=clock, progress=progress)
     peer, ours = best(results, who.PEERS), best(results, who.DITCS)
     entry: dict[str, Any] = {"hidden": size.hidden, "depth": size.depth, "tokens": size.tokens, "heads": size.heads}
     entry |= {"results": to_json(results), "best_peer": peer, "best_ditc": ours}
