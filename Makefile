@@ -10,7 +10,8 @@ TRITON ?= triton>=3.7.1,<3.8
 .PHONY: demo test lint types unit gpu bench teacher clean
 
 $(BIN)/.ready: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
+	# a PyTorch that is there already (a CUDA build, say) is used; pip takes the rest from the index
+	$(PYTHON) -m venv $$($(PYTHON) -c "import torch" 2>/dev/null && echo --system-site-packages) $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --editable ".[test]" "$(TRITON)"

@@ -108,7 +108,8 @@ def run_demo(
     began = time.perf_counter()
     chosen = tuple(candidates() if entrants is None else entrants)
     bar = Progress(disable=True) if progress is None else progress
-    model = load_transformer()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_transformer().to(device)
     task = bar.add_task("setting up", total=len(chosen) * clips_per_digit * steps)
     runners: dict[str, Callable[..., Any]] = {}
     set_up: dict[str, float] = {}
@@ -130,6 +131,7 @@ def run_demo(
                 range(seed + batch * CLASSES, seed + (batch + 1) * CLASSES),
                 steps=steps,
                 guidance=guidance,
+                device=device,
                 progress=lambda _done, _total: bar.advance(task),
             )
             times[name].append((time.perf_counter() - start) / CLASSES)
@@ -171,10 +173,11 @@ def _set_up(candidate: Candidate, model: nn.Module, guidance: float) -> tuple[Ca
     runner = candidate.prepare(copy.deepcopy(model))
     labels = torch.arange(CLASSES)
     batch = CLASSES if guidance == 1 else 2 * CLASSES
+    device = next(model.parameters()).device
     inputs = (
-        torch.zeros(batch, *CLIP_SHAPE),
-        torch.full((batch,), 500.0),
-        class_tokens(labels.repeat(batch // CLASSES)),
+        torch.zeros(batch, *CLIP_SHAPE, device=device),
+        torch.full((batch,), 500.0, device=device),
+        class_tokens(labels.repeat(batch // CLASSES)).to(device),
     )
     with torch.no_grad():
         denoiser_of(runner)(*inputs)
