@@ -12,9 +12,9 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils import _pytree as pytree
 
 from .base import PassContext, PassReport
-from .capture import INPUT, fake_mode_of
+from .capture import INPUT, GraphInput, fake_mode_of, graph_inputs
 from .errors import PassError, VerifyError
-from .rewrite import input_of, submodules
+from .rewrite import submodules
 
 
 def graph_text(graph: fx.GraphModule) -> str:
@@ -105,10 +105,9 @@ def verify(graph: fx.GraphModule, before: Before, report: PassReport, ctx: PassC
     changed = graph_text(graph) != before.text
     if changed != bool(report.rewrites):
         refuse(f"the report says {report.rewrites} rewrites, but the graph {'changed' if changed else 'did not'}")
-    inputs = [input_of(node) for node in graph.graph.find_nodes(op="placeholder")]
-    if [fact for fact in inputs if fact.kind not in ("packed", "state")] != before.inputs:
+    if _callers_inputs(graph) != before.inputs:
         refuse("the caller's inputs are not what they were")
-    states = [fact.name for fact in inputs if fact.kind == "state"]
+    states = [fact.name for fact in graph_inputs(graph) if fact.kind == "state"]
     if states != [entry.name for entry in ctx.state]:
         refuse(f"the graph takes the state {states}, declared is {[entry.name for entry in ctx.state]}")
     outputs = output_types(graph)
@@ -129,12 +128,12 @@ class Before:
 
     def __init__(self, graph: fx.GraphModule, outputs: list[str] | None = None) -> None:
         self.text = graph_text(graph)
-        self.inputs = [
-            fact
-            for fact in map(input_of, graph.graph.find_nodes(op="placeholder"))
-            if fact.kind not in ("packed", "state")
-        ]
+        self.inputs = _callers_inputs(graph)
         self.outputs = outputs if outputs is not None else output_types(graph)
+
+
+def _callers_inputs(graph: fx.GraphModule) -> list[GraphInput]:
+    return [fact for fact in graph_inputs(graph) if fact.kind not in ("packed", "state")]
 
 
 def _mutates(node: fx.Node) -> bool:

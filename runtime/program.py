@@ -50,11 +50,10 @@ class Program:
         """Takes the inputs of the captured graph and returns its outputs."""
         artifact = self.artifact
         self._count_call(inputs)
-        if self.weights is None and not artifact.state.entries:
-            kept = inputs if artifact.kept_inputs is None else [inputs[i] for i in artifact.kept_inputs]
-            return self._run(list(kept))
-        slot = self._slot(inputs)
         run = list(inputs) if artifact.kept_inputs is None else [inputs[i] for i in artifact.kept_inputs]
+        # finding the slot reads the timestep, which waits for a GPU: only for those who need it
+        watched = self.weights is not None and artifact.watch_weights
+        slot = self._slot(inputs) if watched or artifact.state.entries else Slot()
         if self.weights is not None:
             run += self.weights.get([inputs[i] for i in artifact.prepare_inputs], thorough=slot.calls == 0)
         if not artifact.state.entries:

@@ -26,20 +26,17 @@ class _Maker:
 
     config: Mapping[str, Any]
     latent: tuple[int, ...]
-    layout: str
     device: torch.device
     dtype: torch.dtype
 
-    def find(self, *names: str, default: int | None = None) -> int:
+    def find(self, *names: str) -> int:
         for name in names:
             value = self.config.get(name)
             if isinstance(value, (list, tuple)) and value:
                 value = value[0]
             if isinstance(value, int) and not isinstance(value, bool):
                 return value
-        if default is None:
-            raise CaptureError(f"the configuration has none of {', '.join(names)}")
-        return default
+        raise CaptureError(f"the configuration has none of {', '.join(names)}")
 
     def normal(self, *shape: int) -> torch.Tensor:
         return torch.randn(shape, device=self.device, dtype=self.dtype)
@@ -117,7 +114,7 @@ def example_inputs(model: torch.nn.Module, given: Mapping[str, Any] | None = Non
     device = next(iter(model.parameters())).device
     faults: list[str] = []
     for layout, latent in _latents(model, config):
-        maker = _Maker(config, latent, layout, device, _float_dtype(model))
+        maker = _Maker(config, latent, device, _float_dtype(model))
         for optional in (False, True):
             proposal = _propose(parameters, maker, dict(given or {}), optional)
             fault = _try(model, proposal) if isinstance(proposal, dict) else proposal
