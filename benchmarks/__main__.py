@@ -9,6 +9,7 @@ import torch
 import typer
 
 from . import guard_overhead as guard
+from . import linear_cost as cost
 from . import step_latency as step
 from .environment import pick_device
 from .harness import Clock
@@ -77,6 +78,21 @@ def guard_overhead(
     """What a call of a compiled model costs beside its kernels."""
     picked, kind = _setup(device, threads, clock)
     guard.run(picked, rounds=rounds, clock=kind, calls=calls, save=save)
+
+
+@app.command()
+def linear_cost(
+    rounds: Rounds = 7,
+    quick: Annotated[bool, typer.Option("--quick", help="a corner of the grid")] = False,
+    install_table: Annotated[bool, typer.Option("--install-table", help="make it the compiler's table")] = False,
+    device: Device = None,
+    threads: Threads = None,
+    clock: ClockName = None,
+    save: Save = True,
+) -> None:
+    """One linear in each format over a grid of shapes: the table by which the compiler chooses formats."""
+    picked, kind = _setup(device, threads, clock)
+    cost.run(picked, rounds=rounds, clock=kind, quick=quick, install=install_table, save=save)
 
 
 if __name__ == "__main__":

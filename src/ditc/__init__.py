@@ -1,8 +1,8 @@
 """ditc: a compiler for diffusion transformers.
 
 ``torch.compile(model, backend="ditc", options={"quantize": "int8"})`` needs no import of this package; what it offers
-beside that is here: :func:`compile`, :func:`explain`, :func:`stats`, :class:`Plan`, :func:`session`, :func:`branch`.
-Names are imported when they are first used, so that ``import ditc`` is cheap.
+beside that is here: :func:`compile`, :func:`explain`, :func:`stats`, :func:`calibrate`, :class:`Plan`,
+:func:`session`, :func:`branch`. Names are imported when they are first used, so that ``import ditc`` is cheap.
 """
 
 from importlib import import_module
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .api import Stats, compile, stats
+    from .calibration import Calibration, CalibrationError, calibrate
     from .explanation import Explanation, explain
     from .passes.errors import CaptureError, DitcError, PassError, PlanError, VerifyError
     from .passes.plan import Plan
@@ -22,6 +23,9 @@ _HOMES = {
     "Stats": "api",
     "compile": "api",
     "stats": "api",
+    "Calibration": "calibration",
+    "CalibrationError": "calibration",
+    "calibrate": "calibration",
     "Explanation": "explanation",
     "explain": "explanation",
     "CaptureError": "passes.errors",
@@ -36,6 +40,8 @@ _HOMES = {
 }
 
 __all__ = [
+    "Calibration",
+    "CalibrationError",
     "CaptureError",
     "DitcError",
     "Explanation",
@@ -47,6 +53,7 @@ __all__ = [
     "VerifyError",
     "__version__",
     "branch",
+    "calibrate",
     "compile",
     "explain",
     "session",
