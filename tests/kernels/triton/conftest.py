@@ -81,7 +81,7 @@ class Compiled:
 
 @pytest.fixture(scope="session")
 def compile_kernel(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Compiled]:
-    """``compile_kernel(kernel, signature, constexprs, arch, num_warps=4, num_stages=None)`` for ``sm_<arch>``.
+    """``compile_kernel(kernel, signature, constexprs, arch, num_warps=4, num_stages=None, ...)`` for ``sm_<arch>``.
 
     ``signature`` gives the type of each argument that is no constexpr, as ``"*fp32"`` or ``"i32"``, in any order;
     pointers are taken to be divisible by 16 bytes, and so are the integers named in ``divisible``.
@@ -96,6 +96,7 @@ def compile_kernel(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Co
         num_warps: int = 4,
         num_stages: int | None = None,
         divisible: tuple[str, ...] = (),
+        fp_fusion: bool = True,
     ) -> Compiled:
         import triton
         from triton.backends.compiler import GPUTarget
@@ -106,9 +107,9 @@ def compile_kernel(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Co
         attrs = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
         source = ASTSource(kernel, types, dict(constexprs), attrs)
         # the default of fusing a multiplication and an addition changes with Triton's version
-        options = {"num_warps": num_warps, "enable_fp_fusion": True} | (
-            {} if num_stages is None else {"num_stages": num_stages}
-        )
+        options = {"num_warps": num_warps, "enable_fp_fusion": fp_fusion}
+        if num_stages is not None:
+            options["num_stages"] = num_stages
         built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
         cubin = folder / f"{built.hash}.cubin"
         cubin.write_bytes(built.asm["cubin"])
