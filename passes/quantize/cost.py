@@ -103,6 +103,7 @@ def estimate(
         format_of(format)
     kind = device if isinstance(device, DeviceKind) else DeviceKind.of(device)
     table = table or table_for(kind)
+    name = table.dtype(name)
     plain = _seconds(table, M, N, K, PLAIN, "none", name)
     seconds = plain if format == PLAIN else _seconds(table, M, N, K, format, activations, name)
     return Estimate(seconds, plain, _source(table, kind, format))
@@ -112,7 +113,7 @@ def _source(table: CostTable, kind: DeviceKind, format: str) -> str:
     text = table.source.text
     if not re.search(table.name, kind.name):
         text += f" (of {table.source.hardware}, taken for {kind.name})"
-    if format != PLAIN and table.rate(format) is None:
+    if format != PLAIN and format not in table.rates:
         text += f"; no arithmetic in {format} here: storage only"
     return text
 
@@ -230,14 +231,12 @@ def _why_not(option: Option, chosen: Option, budget: float) -> str:
 
 
 def roofline(table: CostTable, M: int, N: int, K: int, format: str, activations: Activations, dtype: str) -> float:
-    """Seconds of one linear by rates and bytes alone."""
+    """Seconds of one linear by rates and bytes alone; ``dtype`` is one that the table has a rate of."""
     width = BYTES[dtype]
-    rate = table.rate(dtype)
-    if rate is None:
-        raise CostError(f"the cost table of {table.source.hardware} has no rate of {dtype}")
-    stored = width if format == PLAIN else FORMATS[format].bits / 8
-    own = table.rate(format) if format != PLAIN else None
-    moved = M * N * width
+    rate = table.rates[dtype]
+    stored: float = width if format == PLAIN else FORMATS[format].bits / 8
+    own = table.rates.get(format) if format != PLAIN else None
+    moved: float = M * N * width
     extra = 0.0
     if format == PLAIN or activations == "none":
         moved += M * K * width
@@ -265,7 +264,9 @@ def _seconds(table: CostTable, M: int, N: int, K: int, format: str, activations:
 
 def _correction(table: CostTable, M: int, N: int, K: int, format: str, activations: Activations, dtype: str) -> float:
     """Logarithm of measured by roofline around a shape: the points' mean, weighted by distance in doublings."""
-    series = [p for p in table.points if p.format == format and p.activations == activations]
+    # a static scale leaves the same GEMM
+    measured_as = "dynamic" if activations == "static" else activations
+    series = [p for p in table.points if p.format == format and p.activations == measured_as]
     if format != PLAIN and activations == "none":
         # few rows run other code than many
         series = [p for p in series if (p.M <= FEW_ROWS) == (M <= FEW_ROWS)]

@@ -7,10 +7,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ditc.kernels.formats import format_of
 
@@ -44,6 +44,11 @@ class Point(_Strict):
     N: int = Field(ge=1)
     K: int = Field(ge=1)
     seconds: float = Field(gt=0)
+
+    @field_validator("format")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        return name if name == "none" else format_of(name).name
 
 
 class Source(_Strict):
@@ -86,7 +91,10 @@ class CostTable(_Strict):
     @field_validator("name")
     @classmethod
     def _pattern(cls, text: str) -> str:
-        re.compile(text)
+        try:
+            re.compile(text)
+        except re.error as error:
+            raise ValueError(f"{text!r} is no regular expression: {error}") from None
         return text
 
     @field_validator("rates", "quantize")
@@ -99,10 +107,24 @@ class CostTable(_Strict):
                 raise ValueError(f"{name}: {value} is not positive")
         return values
 
-    def rate(self, name: str) -> float | None:
-        """The rate of a dtype or format; half precision stands for the other kind of it."""
+    @model_validator(mode="after")
+    def _rated(self) -> Self:
+        missing = {point.dtype for point in self.points} - set(self.rates)
+        if missing:
+            raise ValueError(f"points of {', '.join(sorted(missing))}, which has no rate")
+        return self
+
+    def dtype(self, name: str) -> str:
+        """The dtype whose numbers stand for ``name``: itself, or the other half precision.
+
+        Raises:
+            CostError: neither has a rate.
+        """
         other = {"float16": "bfloat16", "bfloat16": "float16"}.get(name, name)
-        return self.rates.get(name) or self.rates.get(other)
+        for known in (name, other):
+            if known in self.rates:
+                return known
+        raise CostError(f"the cost table of {self.source.hardware} has no rate of {name}")
 
 
 @dataclass(frozen=True)
@@ -148,7 +170,7 @@ def load_table(path: str | Path) -> CostTable:
     """
     path = Path(path)
     try:
-        return CostTable.model_validate_json(path.read_text(encoding="utf-8"))
+        return CostTable.model_validate_json(path.read_bytes())
     except OSError as error:
         raise CostError(f"the cost table {path} cannot be read: {error.strerror}") from error
     except ValidationError as error:
