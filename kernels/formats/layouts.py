@@ -139,7 +139,7 @@ def split(format: str, parts: Sequence[Tensor], rows: Sequence[int]) -> list[lis
     _check_parts(format, [parts])
     if sum(rows) != parts[0].shape[0]:
         raise ValueError(f"{parts[0].shape[0]} rows cannot be split into {list(rows)}")
-    pieces = [[piece.clone() for piece in _bytes(part).split(list(rows))] for part in parts]
+    pieces = [[piece.clone() for piece in _bytes(part).split_with_sizes(list(rows))] for part in parts]
     return [
         [piece.view(part.dtype) for piece, part in zip(weight, parts, strict=True)]
         for weight in zip(*pieces, strict=True)

@@ -59,11 +59,11 @@ def _scale_blocks(x: Tensor, largest: float, rule: e8m0.Rule) -> tuple[Tensor, T
     K = x.shape[-1]
     if K < BLOCK or K % BLOCK:
         raise ValueError(f"K = {K} is not a positive multiple of the block of {BLOCK}")
-    blocks = x.to(torch.float32).unflatten(-1, (K // BLOCK, BLOCK))
+    blocks = torch.unflatten(x.to(torch.float32), -1, (K // BLOCK, BLOCK))
     scale = e8m0.encode(blocks.abs().amax(dim=-1), largest, rule).contiguous()
     return (blocks * e8m0.reciprocal(scale).unsqueeze(-1)).flatten(-2), scale
 
 
 def _apply_scale(elements: Tensor, scale: Tensor) -> Tensor:
-    blocks = elements.unflatten(-1, (scale.shape[-1], BLOCK))
+    blocks = torch.unflatten(elements, -1, (scale.shape[-1], BLOCK))
     return (blocks * e8m0.decode(scale).unsqueeze(-1)).flatten(-2)

@@ -81,7 +81,7 @@ def quantize_nvfp4(
     K = x.shape[-1]
     if K < BLOCK or K % BLOCK:
         raise ValueError(f"K = {K} is not a positive multiple of the block of {BLOCK}")
-    blocks = x.to(torch.float32).unflatten(-1, (K // BLOCK, BLOCK))
+    blocks = torch.unflatten(x.to(torch.float32), -1, (K // BLOCK, BLOCK))
     amax = blocks.abs().amax(dim=-1)
     limit = _LARGEST_POWER if four_over_six or pow2_block_scales else E4M3_MAX
     outer = _outer(amax.amax(dim=-1, keepdim=True), limit, granularity, static)
@@ -106,7 +106,7 @@ def dequantize_nvfp4(parts: Sequence[Tensor], dtype: torch.dtype = torch.float32
 
 def scaled_elements(q: Tensor, scale: Tensor) -> Tensor:
     """``e2m1(q) * s``, float32 ``[..., K]``: exact, six significant bits (float16 holds them too)."""
-    blocks = e2m1.decode(e2m1.unpack(q)).unflatten(-1, (scale.shape[-1], BLOCK))
+    blocks = torch.unflatten(e2m1.decode(e2m1.unpack(q)), -1, (scale.shape[-1], BLOCK))
     return (blocks * scale.to(torch.float32).unsqueeze(-1)).flatten(-2)
 
 

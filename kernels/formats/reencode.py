@@ -80,7 +80,7 @@ def _relative_mxfp4(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     Relative, because the values themselves may exceed float32.
     """
     q, scale = parts
-    blocks = e2m1.decode(e2m1.unpack(q)).unflatten(-1, (scale.shape[-1], BLOCK))
+    blocks = torch.unflatten(e2m1.decode(e2m1.unpack(q)), -1, (scale.shape[-1], BLOCK))
     exponent = scale.to(torch.int32) - e8m0.BIAS
     counts = (blocks != 0).any(dim=-1) & (scale != e8m0.NAN)
     top = torch.where(counts, exponent, -e8m0.BIAS).amax(dim=-1, keepdim=True)
