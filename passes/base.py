@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import fx
@@ -34,7 +35,8 @@ class PassReport:
 
     ``rewrites`` counts what it changed, ``skipped`` what it could have changed and why it did not. Where the plan asked
     for the pass by name (``requested``) and everything was skipped, the runner makes that an error. The runner fills in
-    the time and the numbers of operators.
+    the time and the numbers of operators. ``decisions`` holds one row per candidate of a pass that chooses between
+    ways to run it, ready for a table: plain data with the same keys in each row.
     """
 
     name: str
@@ -42,6 +44,7 @@ class PassReport:
     skipped: tuple[Skip, ...] = ()
     requested: bool = False
     details: tuple[str, ...] = ()
+    decisions: tuple[Mapping[str, Any], ...] = ()
     milliseconds: float = 0.0
     operators_before: int = 0
     operators_after: int = 0

@@ -27,7 +27,8 @@ from .errors import DitcError, PassError
 from .fuse import FuseLinears
 from .hoist import HoistWeights, Prologue
 from .plan import Plan
-from .quantize.int8 import QuantizeInt8
+from .quantize.linears import QuantizeLinears
+from .quantize.neighbours import FuseNeighbours
 from .rewrite import device_of, submodules
 from .structure import Structure, analyse
 from .verify import Before, graph_text, output_types, propagate, verify
@@ -37,7 +38,7 @@ def passes_for(plan: Plan) -> tuple[Pass, ...]:
     """The rewriting passes of a plan, in order. Canonicalisation runs before them, always."""
     return (
         *([FuseLinears()] if plan.fuse else []),
-        *([QuantizeInt8()] if plan.quantize == "int8" else []),
+        *([QuantizeLinears.for_plan(plan), FuseNeighbours()] if plan.quantizes else []),
         HoistWeights(),
     )
 

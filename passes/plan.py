@@ -15,8 +15,13 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from .errors import PlanError
+from ditc.kernels.formats import FORMATS
 
+from .errors import PlanError
+from .structure import Role
+
+Format = Literal["int8", "fp8", "mxfp8", "mxfp4", "nvfp4"]
+Quantize = Literal["none", "auto", "int8", "fp8", "mxfp8", "mxfp4", "nvfp4"]
 Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
 
@@ -29,8 +34,30 @@ class Plan(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
-    quantize: Literal["none", "int8"] = Field(
-        "none", description="dynamic quantisation of token-path linears: int8 is per token x per output channel"
+    quantize: Quantize | dict[str, Quantize] = Field(
+        "none",
+        description="the format of linears: one for the token path inside blocks, 'auto' for the fastest that keeps "
+        "error_budget, or a table from roles ('attention', 'mlp.down', ...; '*' for the rest) to formats",
+    )
+    activations: Literal["dynamic", "static", "none"] = Field(
+        "dynamic", description="ranges of activations: of each call, from a calibration, or weights only are quantised"
+    )
+    calibration: str | None = Field(
+        None, description="file written by ditc.calibrate: static ranges, smoothing, measured errors"
+    )
+    error_budget: float = Field(
+        20.0, ge=0, le=200, description="least SQNR in dB of a linear's output that quantize='auto' accepts"
+    )
+    lowrank: int = Field(
+        0, ge=0, le=1024, description="rank of a high-precision branch beside each quantised linear (SVDQuant)"
+    )
+    cost_table: str | None = Field(None, description="file with measured times of this device, instead of ditc's own")
+    precise_first: int = Field(0, ge=0, description="steps at the start of a generation that are not quantised")
+    precise_last: int = Field(
+        0, ge=0, description="steps at the end that are not quantised; needs ditc.session(steps=...) or ditc.generate"
+    )
+    free_originals: bool = Field(
+        False, description="release weights once they are packed: the module itself cannot run any more"
     )
     fuse: bool = Field(True, description="make one GEMM of linears that share an input (Q, K, V; gate and up)")
     fp32_matmul: Literal["default", "onednn"] = Field(
@@ -54,7 +81,71 @@ class Plan(BaseModel):
     def _possible(self) -> Self:
         if self.lower == "eager" and self.mode != "default":
             raise ValueError(f"mode={self.mode!r} is inductor's: with lower='eager' only mode='default' is possible")
+        if isinstance(self.quantize, dict):
+            self._check_roles(self.quantize)
+        self._check_quantisation()
         return self
+
+    @staticmethod
+    def _check_roles(table: Mapping[str, str]) -> None:
+        known = sorted({part for role in Role for part in (str(role), str(role).split(".")[0])})
+        for name in table:
+            if name != "*" and name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = (
+                    f"did you mean {near[0]!r}?" if near else f"known roles: {', '.join(known)}, and '*' for the rest"
+                )
+                raise ValueError(f"quantize has no role {name!r}: {hint}")
+        if not table:
+            raise ValueError("quantize is an empty table: use 'none', or name a role")
+
+    def _check_quantisation(self) -> None:
+        if not self.quantizes:
+            defaults = type(self).model_fields
+            for name in ("activations", "lowrank", "precise_first", "precise_last", "free_originals"):
+                if getattr(self, name) != defaults[name].default:
+                    raise ValueError(f"{name}={getattr(self, name)!r} needs something quantised, and quantize='none'")
+        if self.activations == "static":
+            if self.calibration is None:
+                raise ValueError("activations='static' needs ranges: calibration='file written by ditc.calibrate'")
+            named = self.quantize.values() if isinstance(self.quantize, dict) else (self.quantize,)
+            blocks = sorted({name for name in named if name.startswith("mx")})
+            if blocks:
+                raise ValueError(
+                    f"activations='static' is impossible for {', '.join(blocks)}: scales of MX blocks are always those "
+                    "of the values at hand; use int8, fp8 or nvfp4"
+                )
+        if self.free_originals and (self.precise_first or self.precise_last):
+            raise ValueError(
+                "free_originals=True releases what precise_first and precise_last run on: drop one of them"
+            )
+
+    @property
+    def formats(self) -> frozenset[str]:
+        """The formats that ``quantize`` names; all of them for ``auto``."""
+        named = set(self.quantize.values()) if isinstance(self.quantize, dict) else {self.quantize}
+        return frozenset(FORMATS) if "auto" in named else frozenset(named - {"none"})
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether anything is to be quantised."""
+        return bool(self.formats)
+
+    def format_for(self, role: Role) -> Quantize | None:
+        """What ``quantize`` says of linears of this role; ``None`` where it says nothing.
+
+        The longest name wins: ``mlp.down`` before ``mlp`` before ``*``.
+        """
+        if not isinstance(self.quantize, dict):
+            return self.quantize
+        for name in (str(role), str(role).split(".")[0], "*"):
+            if name in self.quantize:
+                return self.quantize[name]
+        return None
+
+    def names(self, role: Role) -> bool:
+        """Whether ``quantize`` is a table that names this role or its family, other than by ``*``."""
+        return isinstance(self.quantize, dict) and bool({str(role), str(role).split(".")[0]} & set(self.quantize))
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | Plan | None, mode: str | None = None) -> Plan:
@@ -88,13 +179,13 @@ class Plan(BaseModel):
         return cls.from_toml(Path(path).read_text(encoding="utf-8"))
 
     def to_options(self) -> dict[str, Any]:
-        """The plan as ``torch.compile``'s ``options``; every field is written, so equal plans share graphs."""
-        return self.model_dump(mode="json")
+        """The plan as ``torch.compile``'s ``options``; every field that has a value is written, so equal plans share
+        graphs."""
+        return self.model_dump(mode="json", exclude_none=True)
 
     def to_toml(self) -> str:
         """Stable text: every field, in the order of their declaration."""
-        # a JSON string is a TOML basic string, and JSON's true and false are TOML's
-        return "".join(f"{name} = {json.dumps(value)}\n" for name, value in self.to_options().items())
+        return "".join(f"{name} = {_toml(value)}\n" for name, value in self.to_options().items())
 
     def key(self) -> str:
         """16 hexadecimal digits that name this plan, for cache keys and file names."""
@@ -103,6 +194,13 @@ class Plan(BaseModel):
     def __str__(self) -> str:
         changed = self.model_dump(exclude_defaults=True)
         return ", ".join(f"{name}={value}" for name, value in changed.items()) or "default"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{json.dumps(key)} = {_toml(inner)}" for key, inner in value.items()) + " }"
+    # a JSON string is a TOML basic string, and JSON's numbers, true and false are TOML's
+    return json.dumps(value)
 
 
 def _explain(error: ValidationError) -> str:

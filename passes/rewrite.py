@@ -58,6 +58,11 @@ def input_of(node: fx.Node) -> GraphInput:
     return fact
 
 
+def size_hint(size: Any) -> int:
+    """A size as a number: that of the example where it is symbolic."""
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+
+
 def facts_of(node: fx.Node) -> NodeFacts | None:
     """What the structure analysis found about a node; nodes that passes made carry what their origin had."""
     facts: NodeFacts | None = node.meta.get(FACTS)

@@ -16,6 +16,9 @@ from .capture import INPUT, GraphInput, fake_mode_of, graph_inputs
 from .errors import PassError, VerifyError
 from .rewrite import submodules
 
+_LONG = 128
+"""Lists beyond this length are data, such as calibrated ranges: a text holds their hash."""
+
 
 def graph_text(graph: fx.GraphModule) -> str:
     """A stable text of a graph: every node with operator, arguments, shape and dtype; branches included."""
@@ -53,7 +56,10 @@ def _argument(value: Any) -> str:
     if isinstance(value, fx.Node):
         return value.name
     if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(_argument, value))}]"
+        text = f"[{', '.join(map(_argument, value))}]"
+        if len(value) > _LONG:
+            return f"[{len(value)} values, sha256 {hashlib.sha256(text.encode()).hexdigest()[:8]}]"
+        return text
     return str(value)
 
 

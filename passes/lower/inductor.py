@@ -11,7 +11,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.decomposition import select_decomp_table
 from torch.compiler import config as compiler_config
 
-from ditc.kernels import aten, int8
+from ditc.kernels import aten, linear, quantize
 
 from ..plan import Plan
 from ..rewrite import device_of, input_of
@@ -36,7 +36,8 @@ def lower_inductor(graph: fx.GraphModule, plan: Plan) -> Callable[..., Sequence[
     examples = [node.meta["val"] for node in placeholders]
     _mark_static(graph, placeholders)
     device = device_of(graph)
-    table = {**select_decomp_table(), **aten.lowerings(device), **int8.lowerings(device)}
+    ours = (aten.lowerings(device), quantize.lowerings(device), linear.lowerings(device))
+    table = {**select_decomp_table(), **ours[0], **ours[1], **ours[2]}
     with compiler_config.patch(cache_key_tag=f"ditc-{plan.key()}"):  # type: ignore[attr-defined]
         compiled = compile_fx(graph, examples, config_patches=mode_options(plan.mode), decompositions=table)
     return cast(Callable[..., Sequence[Any]], compiled)

@@ -56,6 +56,9 @@ class Explanation:
         parts: list[RenderableType] = [Text(f"ditc explain: {self.model}", style="bold"), Text(f"plan: {self.plan}")]
         parts.append(render(self.structure))
         parts.append(_passes_table(self.passes))
+        decisions = [row for report in self.passes for row in report.decisions]
+        if decisions:
+            parts.append(_decisions_table(decisions))
         if self.notes:
             parts.append(Text("notes", style="bold"))
             parts += [Text(f"  {note}") for note in self.notes]
@@ -206,4 +209,31 @@ def _passes_table(passes: tuple[PassReport, ...]) -> Table:
         operators = f"{report.operators_before} → {report.operators_after}"
         row = (report.name, str(report.rewrites), str(len(report.skipped)), operators, f"{report.milliseconds:.0f}")
         table.add_row(*row, "\n".join(remarks))
+    return table
+
+
+def _decisions_table(decisions: list[Mapping[str, Any]]) -> Table:
+    """What becomes of each linear; the linears of many blocks that share a fate share a row."""
+    table = Table(title="linears", title_justify="left")
+    for column in ("role", "linears", "M × N × K", "format", "SQNR dB", "gain ×"):
+        table.add_column(column, justify="left" if column in ("role", "format") else "right")
+    table.add_column("why")
+    fates: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in decisions:
+        key = tuple(row[name] for name in ("role", "M", "N", "K", "format", "activations", "reason"))
+        fates.setdefault(key, []).append(row)
+    for (role, M, N, K, format, activations, reason), rows in fates.items():
+        how = {"dynamic": format, "static": f"{format} static", "none": f"{format} weight-only"}[activations]
+        sqnr = [row["sqnr"] for row in rows if row["sqnr"] is not None]
+        gain = rows[0]["gain"]
+        table.add_row(
+            role,
+            str(len(rows)),
+            f"{M} × {N} × {K}",
+            "kept" if format == "none" else how,
+            # of a calibrated model the worst of the linears of this row
+            f"{min(sqnr):.1f}" if sqnr else "-",
+            "-" if gain is None else f"{gain:.2f}",
+            reason,
+        )
     return table

@@ -99,7 +99,7 @@ def test_explain_names_graph_breaks(zoo: Mapping[str, Callable[[], Any]]) -> Non
 def test_explain_says_why_a_plan_cannot_be_carried_out(
     zoo: Mapping[str, Callable[[], Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ditc.kernels.int8.supported", lambda device, K, N: "no integer GEMM today")
+    monkeypatch.setattr("ditc.passes.quantize.decide.supported", lambda *_: "no integer GEMM today")
     model, args, kwargs = zoo["mmdit"]()
     report = ditc.explain(model, args, kwargs, plan={"quantize": "int8"})
     assert any("no integer GEMM today" in note for note in report.notes)
@@ -144,7 +144,7 @@ def test_command_explains_a_class_and_a_folder(checkpoint: Path) -> None:
         (("explain", "WanTransfomer3DModel"), "WanTransformer3DModel"),
         (("explain", "WanTransformer3DModel", "--set", "quantise=int8"), "did you mean 'quantize'"),
         (("explain", "WanTransformer3DModel", "--input", "hidden_states=2xfour"), "wanted is NAME=2x16x64"),
-        (("plan", "--set", "quantize=int3"), "'none' or 'int8'"),
+        (("plan", "--set", "quantize=int3"), "'none', 'auto', 'int8'"),
     ],
 )
 def test_command_refuses_with_what_would_be_right(arguments: tuple[str, ...], message: str) -> None:

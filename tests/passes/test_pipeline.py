@@ -131,11 +131,13 @@ def test_dump_writes_what_changed(capture: Capture, tmp_path: Path, monkeypatch:
         "01.fuse.after.txt",
         "02.quantize.after.py",
         "02.quantize.after.txt",
-        "03.hoist.after.py",
-        "03.hoist.after.txt",
+        "03.fuse-neighbours.after.py",
+        "03.fuse-neighbours.after.txt",
+        "04.hoist.after.py",
+        "04.hoist.after.txt",
     ]
-    assert "int8_linear" not in (tmp_path / "01.fuse.after.txt").read_text()
-    assert "int8_linear" in (tmp_path / "02.quantize.after.txt").read_text()
+    assert "quantized_linear" not in (tmp_path / "01.fuse.after.txt").read_text()
+    assert "quantized_linear" in (tmp_path / "02.quantize.after.txt").read_text()
 
 
 def test_pass_limit_bisects(capture: Capture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,10 +8,19 @@ from hypothesis import strategies as st
 
 from ditc.passes.errors import PlanError
 from ditc.passes.plan import Plan
+from ditc.passes.structure import Role
 
 plans = st.builds(
     Plan,
-    quantize=st.sampled_from(["none", "int8"]),
+    quantize=st.one_of(
+        st.sampled_from(["int8", "auto", "nvfp4"]),
+        st.dictionaries(st.sampled_from(["*", "attention", "mlp.down"]), st.sampled_from(["fp8", "auto"]), min_size=1),
+    ),
+    activations=st.sampled_from(["dynamic", "none"]),
+    calibration=st.one_of(st.none(), st.just('a "quoted" path')),
+    error_budget=st.floats(0, 200),
+    lowrank=st.integers(0, 64),
+    precise_first=st.integers(0, 3),
     fuse=st.booleans(),
     fp32_matmul=st.sampled_from(["default", "onednn"]),
     weights=st.sampled_from(["watch", "frozen"]),
@@ -36,7 +45,18 @@ def test_key_tells_plans_apart(a: Plan, b: Plan) -> None:
     [
         ({"quantise": "int8"}, "did you mean 'quantize'"),
         ({"zzz": 1}, "known options: quantize"),
-        ({"quantize": "int7"}, "'none' or 'int8'"),
+        ({"quantize": "int7"}, "'none', 'auto', 'int8'"),
+        ({"quantize": {}}, "empty table"),
+        ({"quantize": {"mlp.dwon": "int8"}}, "did you mean 'mlp.down'"),
+        ({"quantize": {"zzz": "int8"}}, "known roles: attention"),
+        ({"quantize": {"mlp": "int7"}}, "'none', 'auto', 'int8'"),
+        ({"lowrank": 8}, "quantize='none'"),
+        ({"quantize": {"*": "none"}, "free_originals": True}, "quantize='none'"),
+        ({"quantize": "int8", "lowrank": -1}, "greater than or equal to 0"),
+        ({"quantize": "int8", "activations": "static"}, "ditc.calibrate"),
+        ({"quantize": "mxfp8", "activations": "static", "calibration": "c"}, "impossible for mxfp8"),
+        ({"quantize": "int8", "precise_first": 1, "free_originals": True}, "drop one of them"),
+        ({"quantize": "auto", "error_budget": -1.0}, "greater than or equal to 0"),
         ({"fuse": 1}, "valid boolean"),
         ({"fuse": "yes"}, "valid boolean"),
         ({"mode": "fast"}, "reduce-overhead"),
@@ -46,6 +66,14 @@ def test_key_tells_plans_apart(a: Plan, b: Plan) -> None:
 def test_refuses_with_what_would_be_right(options: dict[str, object], message: str) -> None:
     with pytest.raises(PlanError, match=message):
         Plan.from_options(options)
+
+
+def test_the_longest_role_name_wins() -> None:
+    plan = Plan(quantize={"*": "int8", "mlp": "fp8", "mlp.down": "none"})
+    assert plan.format_for(Role.MLP_DOWN) == "none" and plan.format_for(Role.MLP_UP) == "fp8"
+    assert plan.format_for(Role.OUT) == "int8"
+    assert plan.names(Role.MLP_UP) and not plan.names(Role.OUT)
+    assert Plan(quantize={"mlp": "fp8"}).format_for(Role.OUT) is None
 
 
 def test_refuses_text_that_is_no_plan() -> None:
@@ -68,6 +96,7 @@ def test_mode_comes_from_either_door() -> None:
 
 def test_text_is_stable() -> None:
     assert Plan(quantize="int8").to_toml() == (
-        'quantize = "int8"\nfuse = true\nfp32_matmul = "default"\nweights = "watch"\nmode = "default"\n'
-        'lower = "inductor"\n'
+        'quantize = "int8"\nactivations = "dynamic"\nerror_budget = 20.0\nlowrank = 0\nprecise_first = 0\n'
+        'precise_last = 0\nfree_originals = false\nfuse = true\nfp32_matmul = "default"\nweights = "watch"\n'
+        'mode = "default"\nlower = "inductor"\n'
     )

@@ -61,9 +61,10 @@ def test_quantisation_shares_each_input_and_keeps_by_role(make_dit: Any, dit_inp
     model, inputs = make_dit(), dit_inputs()
     for fuse, linears in ((True, 4), (False, 7)):
         done = rewritten(model, inputs, quantize="int8", fuse=fuse)
-        assert count(done, ops.int8_linear.default) == 2 * linears
-        assert count(done, ops.quantize_int8.default) == 2 * 4, "Q, K and V share one, gate and up another"
-        assert count(done, ops.quantize_int8_weight.default) == 0, "weights are packed in the prologue"
+        assert count(done, ops.quantized_linear.default) == 2 * linears
+        quantisers = (ops.quantize.default, ops.norm_quantize.default, ops.activation_quantize.default)
+        assert [count(done, op) for op in quantisers] == [2, 4, 2], "Q, K and V share one, gate and up another"
+        assert count(done, ops.quantize_weight.default) == 0, "weights are packed in the prologue"
         kept = {fact.name for fact in graph_inputs(done.graph) if fact.kind == "parameter"}
         read = {n.meta["ditc_input"].name for n in done.graph.graph.find_nodes(op="placeholder") if n.users}
         for name in ("patch.weight", "time_in.weight", "time_out.weight", "head.weight", "blocks.0.modulation.weight"):
