@@ -9,3 +9,7 @@ class DitcError(Exception):
 
 class WeightError(DitcError, ValueError):
     """A weight cannot be packed."""
+
+
+class CheckpointError(DitcError, ValueError):
+    """A checkpoint cannot be read, or would be read wrongly."""
