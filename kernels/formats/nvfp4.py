@@ -38,6 +38,7 @@ SMALLEST_OUTER = 2.0**-117
 """With the smallest block scale, 2**-9, the product is 2**-126: normal, with a finite reciprocal."""
 
 _LARGEST_POWER = 256.0
+_MANTISSA, _SIXTEENTH = (1 << 23) - 1, 1 << 19
 _LOWEST = {"torchao": 2.0**-6, "modelopt": 2.0**-9}
 
 
@@ -58,8 +59,8 @@ def quantize_nvfp4(
         static: float32 ``()``: the outer scale, from calibration; block scales stay dynamic and saturate at 448.
         recipe: Whose arithmetic to follow.
         four_over_six: Each block maps its maximum to 6 or to 4, whichever has the smaller squared error (6 in a tie).
-        pow2_block_scales: Block scales are powers of two, so that most rows convert to FP8 exactly. Block scales are
-            rounded to E4M3, then up, which leaves four_over_six nothing to choose: one or the other.
+        pow2_block_scales: Block scales are powers of two, so that rows convert to FP8 exactly. They are rounded up
+            (down from at most 17/16), which leaves four_over_six nothing to choose: one or the other.
 
         With either option the largest block scale that a dynamic outer aims at is 256 instead of 448.
 
@@ -129,11 +130,11 @@ def _block_scale(amax: Tensor, outer: Tensor, target: float, recipe: Recipe, pow
     else:
         scale = amax / (target * outer)
         scale = torch.where(scale == 0, 1.0, scale)
-    scale = to_e4m3(scale.clamp(min=lowest)).to(torch.float32)
     if not pow2:
-        return scale
-    up = ((scale.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
-    return up.clamp(max=_LARGEST_POWER)
+        return to_e4m3(scale.clamp(min=lowest)).to(torch.float32)
+    # up, but down by as much as E4M3 rounds down: a scale that is a power of two but for rounding stays that one
+    bits = scale.clamp(lowest, _LARGEST_POWER).view(torch.int32) + (_MANTISSA - _SIXTEENTH)
+    return (bits & ~_MANTISSA).view(torch.float32)
 
 
 def _divide(blocks: Tensor, scale: Tensor, outer: Tensor, recipe: Recipe) -> Tensor:
