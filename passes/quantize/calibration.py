@@ -21,6 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.table import Table
 from torch import Tensor, fx
 
+from ditc.kernels.formats import FORMATS
+
 from ..errors import DitcError
 from ..rewrite import input_of, is_weight, made_from_weights
 
@@ -245,8 +247,8 @@ class Calibration:
     def __rich__(self) -> Table:
         seen = f"{len(self.records)} linears, {len(self.timesteps)} step{'s' if len(self.timesteps) > 1 else ''}"
         table = Table(title=f"ditc: calibration of {self.model}, {seen}", title_justify="left")
-        formats = list(dict.fromkeys(format for record in self.records.values() for format in record.sqnr))
-        table.add_column("linear")
+        formats = [name for name in FORMATS if any(name in record.sqnr for record in self.records.values())]
+        table.add_column("linear", overflow="fold")
         table.add_column("role")
         for column in ("N × K", "amax", "drift", *(f"{format} dB" for format in formats)):
             table.add_column(column, justify="right")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,12 +59,13 @@ class Observer:
     """A backend for ``torch.compile`` that runs each graph as captured and records its linears.
 
     Attributes:
-        model: whose parameters name the linears: a graph of a submodule alone does not know where that stands.
+        model: whose parameters name the linears: a graph of a submodule alone does not know where that stands. Weak,
+            because Dynamo keeps its backends.
         find_step: tells the steps of a generation apart.
         formats: whose errors are measured.
     """
 
-    model: torch.nn.Module
+    model: weakref.ref[torch.nn.Module]
     find_step: FindStep
     formats: Sequence[Format] = tuple(FORMATS.values())
     graph_calls: int = 0
@@ -97,6 +99,20 @@ class Observer:
     def is_open(self) -> bool:
         """Whether calls are still recorded."""
         return self._open
+
+    def paths(self) -> dict[int, list[str]]:
+        """All paths in the model of every parameter and buffer, by the tensor's ``id``."""
+        model = self._model()
+        found: dict[int, list[str]] = {}
+        named = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+        for path, tensor in itertools.chain(*named):
+            found.setdefault(id(tensor), []).append(path)
+        return found
+
+    def _model(self) -> torch.nn.Module:
+        model = self.model()
+        assert model is not None, "whoever observes holds the model"
+        return model
 
     def record(self, name: str, role: Role, x: Tensor, weight: Tensor, step: int) -> None:
         """Takes note of one call of a linear.
@@ -139,13 +155,14 @@ class Observer:
         self._open = False
 
     def calibration(self) -> Calibration:
-        """What was seen; the observer lets go of it, because Dynamo keeps its backends.
+        """What was seen; the observer lets go of it.
 
         Raises:
             CalibrationError: nothing was called, no linear was seen, or an input held NaN or infinity.
         """
         tallies, self._tallies = self._tallies, {}
-        name = type(self.model).__name__
+        model = self._model()
+        name = type(model).__name__
         if not self.graph_calls:
             raise CalibrationError(f"the calibration run never called the {name} that it was given: call its argument")
         if not tallies:
@@ -153,7 +170,7 @@ class Observer:
             raise CalibrationError(f"no linear of the {name} was observed: {why}")
         return Calibration(
             model=name,
-            fingerprint=fingerprint_of(self.model),
+            fingerprint=fingerprint_of(model),
             versions=versions(),
             timesteps=tuple(self._timesteps[step] for step in sorted(self._timesteps)),
             notes=tuple(self._notes),
@@ -200,7 +217,7 @@ class _ObservedGraph:
                 timestep = float(inputs[self._timestep].reshape(-1)[0])
             step = observer.find_step(self, shapes, timestep)
             observer.saw(step, timestep)
-            known = _paths(observer.model)
+            known = observer.paths()
             names = {node: self._name(site, inputs, known) for node, site in self._sites.items()}
             return _Recording(self._graph, observer, self._sites, names, step).run(*inputs)
 
@@ -211,15 +228,6 @@ class _ObservedGraph:
             own, paths = self._inputs[position].name, known.get(id(inputs[position]), [])
             names.append(own if own in paths or not paths else paths[0])
         return JOIN.join(names)
-
-
-def _paths(model: torch.nn.Module) -> dict[int, list[str]]:
-    """All paths of every parameter and buffer, by the tensor's ``id``."""
-    found: dict[int, list[str]] = {}
-    named = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
-    for path, tensor in itertools.chain(*named):
-        found.setdefault(id(tensor), []).append(path)
-    return found
 
 
 class _Recording(fx.Interpreter):

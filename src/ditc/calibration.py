@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -50,8 +51,10 @@ def calibrate(
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"ditc.calibrate takes a torch.nn.Module, got {type(model).__name__}")
+    # of a compiled module, the one behind it
+    model = getattr(model, "_orig_mod", model)
     wanted = tuple(FORMATS.values()) if formats is None else tuple(map(format_of, formats))
-    observer = Observer(model, _step, wanted)
+    observer = Observer(weakref.ref(model), _step, wanted)
     listen_to_diffusers()
     # a cache limit that the model's own compilations have used up must not silence us
     limits = {"recompile_limit": 256, "accumulated_recompile_limit": 4096}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -100,6 +102,17 @@ def test_errors_are_those_of_the_formats_at_the_worst_step(dit_inputs: Make, mak
             assert len(calibration.records[name].sqnr[format.name]) == len(TIMES)
 
 
+def test_half_precision_is_calibrated_in_its_own_numbers(make_dit: Make, dit_inputs: Make) -> None:
+    full = calibrate(make_dit(), trajectory(dit_inputs()[0]))
+    model = make_dit().bfloat16()
+    half = calibrate(model, trajectory(dit_inputs(dtype=torch.bfloat16)[0]))
+    full.check(model)
+    for name in full.records:
+        assert half.channel_amax(name).dtype == torch.float32
+        assert half.amax(name) == pytest.approx(full.amax(name), rel=0.05)
+        assert half.sqnr(name, "int8") == pytest.approx(full.sqnr(name, "int8"), abs=2)
+
+
 def test_samples_of_large_linears_stand_for_all_of_them(make_dit: Make, dit_inputs: Make) -> None:
     model, run = make_dit(width=96, depth=1), trajectory(dit_inputs(batch=3, size=24)[0], (500.0,))
     calibration, seen = calibrate(model, run), observe_eagerly(model, run)
@@ -168,6 +181,21 @@ def test_guidance_does_not_add_steps(make_dit: Make, batched: bool) -> None:
     assert record.calls == (4 if batched else 8)
 
 
+def test_branches_that_diffusers_names_do_not_add_steps(zoo: Mapping[str, Callable[[], Any]]) -> None:
+    pytest.importorskip("diffusers")
+    model, args, kwargs = zoo["flux"]()
+
+    def run(compiled: nn.Module) -> None:
+        for time in (0.9, 0.5, 0.1):
+            for branch in ("cond", "uncond"):
+                with compiled.cache_context(branch):  # type: ignore[operator]
+                    compiled(*args, **kwargs | {"timestep": torch.full_like(kwargs["timestep"], time)})
+
+    calibration = calibrate(model, run, formats=["int8"])
+    assert [round(time or 0, 3) for time in calibration.timesteps] == [0.9, 0.5, 0.1]
+    assert {record.calls for record in calibration.records.values()} == {6}
+
+
 class BrokenDiT(nn.Module):
     """A transformer whose blocks break the graph, so that Dynamo compiles each block's frame alone."""
 
@@ -227,7 +255,7 @@ def test_a_second_shape_joins_the_same_linears(make_dit: Make, dit_inputs: Make)
         for size in (8, 12, 8):
             trajectory(dit_inputs(size=size)[0])(compiled)
 
-    calibration = calibrate(model, run)
+    calibration = calibrate(model, run, formats=["int8"])
     assert len(calibration.timesteps) == len(TIMES)
     assert calibration.records["blocks.0.up.weight"].calls == 3 * len(TIMES)
 
@@ -308,6 +336,23 @@ def test_the_model_is_left_as_it_was(make_dit: Make, dit_inputs: Make) -> None:
     with torch.no_grad():
         torch.testing.assert_close(kept[0](latent, timestep), model(latent, timestep))
     assert str(calibration) == text
+
+
+def test_nothing_keeps_the_model_alive(make_dit: Make, dit_inputs: Make) -> None:
+    model = make_dit()
+    calibration = calibrate(model, trajectory(dit_inputs()[0]))
+    gone = weakref.ref(model.blocks[0].to_q.weight)
+    del model
+    gc.collect()
+    assert gone() is None
+    assert "blocks.0.to_q.weight" in calibration
+
+
+def test_a_compiled_module_stands_for_the_one_behind_it(make_dit: Make, dit_inputs: Make) -> None:
+    model, run = make_dit(), trajectory(dit_inputs()[0])
+    calibration = calibrate(ditc.compile(model, {"lower": "eager"}), run)
+    calibration.check(model)
+    assert "blocks.0.to_q.weight" in calibration
 
 
 def test_a_run_that_fails_restores_the_model(make_dit: Make) -> None:
