@@ -28,6 +28,7 @@ from .fuse import FuseLinears
 from .hoist import HoistWeights, Prologue
 from .plan import Plan
 from .quantize.linears import QuantizeLinears
+from .quantize.modelopt import LowerModelopt
 from .quantize.neighbours import FuseNeighbours
 from .rewrite import device_of, submodules
 from .structure import Structure, analyse
@@ -37,8 +38,10 @@ from .verify import Before, graph_text, output_types, propagate, verify
 def passes_for(plan: Plan) -> tuple[Pass, ...]:
     """The rewriting passes of a plan, in order. Canonicalisation runs before them, always."""
     return (
+        LowerModelopt(),
         *([FuseLinears()] if plan.fuse else []),
-        *([QuantizeLinears.for_plan(plan), FuseNeighbours()] if plan.quantizes else []),
+        *([QuantizeLinears.for_plan(plan)] if plan.quantizes else []),
+        FuseNeighbours(),
         HoistWeights(),
     )
 

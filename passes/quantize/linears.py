@@ -18,6 +18,7 @@ from ..rewrite import aten, calls, made_from_weights, new_call
 from .calibration import Calibration
 from .cost import CostTable, load_table
 from .decide import Decision, Judge
+from .parts import unpack
 
 _ALPHA = 0.5
 """How much of the activations' outliers smoothing moves into the weight (SmoothQuant's usual value)."""
@@ -131,7 +132,7 @@ class _Work:
             return stored[0]
         packed = new_call(self.graph, node, torch.ops.ditc.quantize_weight.default, (weight, decision.format))
         packed.meta[PACK] = True
-        parts = self._unpack(packed, decision.format)
+        parts = unpack(self.graph, packed, decision.format)
         for part in parts:
             part.meta[PACK] = True
         # the last part is a float scale in all formats but MX, whose NaN is a byte
@@ -150,7 +151,7 @@ class _Work:
                 with self.graph.graph.inserting_before(made):
                     value = {"dtype": torch.float32, "device": x.meta["val"].device}
                     made.args = (*args, new_call(self.graph, node, aten.full.default, ([], static), **value))
-            self.shared[key] = self._unpack(made, decision.format)
+            self.shared[key] = unpack(self.graph, made, decision.format)
         return self.shared[key]
 
     def _static(self, decision: Decision) -> float | None:
@@ -158,13 +159,6 @@ class _Work:
             return None
         assert self.calibration is not None
         return self.calibration.static_scale(decision.weight, decision.format)
-
-    def _unpack(self, made: fx.Node, format: str) -> list[fx.Node]:
-        parts, count = list[fx.Node](), 3 if format == "nvfp4" else 2
-        with self.graph.graph.inserting_after(made):
-            for index in reversed(range(count)):
-                parts.insert(0, new_call(self.graph, made, operator.getitem, (made, index)))
-        return parts
 
     def _split(
         self, node: fx.Node, x: fx.Node, weight: fx.Node, decision: Decision

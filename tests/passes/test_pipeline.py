@@ -127,25 +127,25 @@ def test_dump_writes_what_changed(capture: Capture, tmp_path: Path, monkeypatch:
         "00.canonicalize.after.py",
         "00.canonicalize.after.txt",
         "00.capture.txt",
-        "01.fuse.after.py",
-        "01.fuse.after.txt",
-        "02.quantize.after.py",
-        "02.quantize.after.txt",
-        "03.fuse-neighbours.after.py",
-        "03.fuse-neighbours.after.txt",
-        "04.hoist.after.py",
-        "04.hoist.after.txt",
+        "02.fuse.after.py",
+        "02.fuse.after.txt",
+        "03.quantize.after.py",
+        "03.quantize.after.txt",
+        "04.fuse-neighbours.after.py",
+        "04.fuse-neighbours.after.txt",
+        "05.hoist.after.py",
+        "05.hoist.after.txt",
     ]
-    assert "quantized_linear" not in (tmp_path / "01.fuse.after.txt").read_text()
-    assert "quantized_linear" in (tmp_path / "02.quantize.after.txt").read_text()
+    assert "quantized_linear" not in (tmp_path / "02.fuse.after.txt").read_text()
+    assert "quantized_linear" in (tmp_path / "03.quantize.after.txt").read_text()
 
 
 def test_pass_limit_bisects(capture: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DITC_PASS_LIMIT", "1")
+    monkeypatch.setenv("DITC_PASS_LIMIT", "2")
     done = {report.name: report for report in rewrite(capture, Plan(quantize="int8")).reports}
     assert done["fuse"].rewrites
     assert not done["quantize"].rewrites
-    assert done["quantize"].skipped[0].reason == "DITC_PASS_LIMIT=1"
+    assert done["quantize"].skipped[0].reason == "DITC_PASS_LIMIT=2"
     assert done["hoist"].rewrites, "what was marked must still be hoisted"
 
 

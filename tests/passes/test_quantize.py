@@ -154,8 +154,8 @@ def test_neighbours_are_fused_where_nobody_else_reads_between() -> None:
     assert count(done, aten.layer_norm.default) == count(done, aten.gelu.default) == 0
     linears = done.graph.graph.find_nodes(op="call_function", target=ops.quantized_linear.default)
     assert sum(node.args[3] is not None and node.args[4] is not None for node in linears) == 4
-    assert {node.args[1] for node in done.graph.graph.find_nodes(op="call_function", target=ops.norm_quantize.default)} \
-        == {"layer"}  # fmt: skip
+    norms = done.graph.graph.find_nodes(op="call_function", target=ops.norm_quantize.default)
+    assert {node.args[1] for node in norms} == {"layer"}
 
 
 class Reads(nn.Module):
