@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,15 @@ DTYPES = {
 }
 """How a safetensors header names the types that torch has."""
 
+Rename = Callable[[str], str]
+"""Gives a name in a file the name that it has in the model."""
+
 _LARGEST_HEADER = 100_000_000  # what the safetensors library itself accepts
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """What a header says about one tensor."""
+    """What a header says about one tensor; ``key`` is its name in the file."""
 
     key: str
     dtype: torch.dtype
@@ -56,17 +59,23 @@ class Checkpoint:
 
     Attributes:
         path: what the user named.
-        tensors: what is stored, by key.
+        tensors: what is stored, by the name that it has in the model.
         metadata: the free text of each file's header.
         config: ``config.json``, or empty where there is none.
+        rename: what a name in the file is in the model.
     """
 
     path: Path
     tensors: Mapping[str, StoredTensor]
     metadata: tuple[Mapping[str, str], ...]
     config: Mapping[str, Any]
+    rename: Rename | None = None
 
-    def read(self, key: str) -> Tensor:
+    def name(self, key: str) -> str:
+        """What a tensor or a module of the file is called in the model."""
+        return key if self.rename is None else self.rename(key)
+
+    def read(self, stored: StoredTensor) -> Tensor:
         """One tensor, in memory of its own.
 
         The file is opened for this tensor alone: what it maps into memory goes when the copy is made, so the pages
@@ -77,26 +86,39 @@ class Checkpoint:
         """
         from safetensors import SafetensorError, safe_open
 
-        file = self.tensors[key].file
         try:
-            with safe_open(file, framework="pt", device="cpu") as opened:
-                tensor: Tensor = opened.get_tensor(key)
+            with safe_open(stored.file, framework="pt", device="cpu") as opened:
+                tensor: Tensor = opened.get_tensor(stored.key)
                 return tensor.clone()
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{key} cannot be read from {file}: {error}") from error
+            raise CheckpointError(f"{stored} cannot be read from {stored.file}: {error}") from error
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path, rename: Rename | None = None) -> Checkpoint:
     """Reads the headers of a checkpoint, and its ``config.json``.
 
     Args:
         path: a safetensors file, or a folder of a model (``config.json`` beside one safetensors file, or beside the
             shards that an ``…index.json`` lists), or of a pipeline with such a folder ``transformer``.
+        rename: what a name in the files is in the model, where the two differ.
 
     Raises:
-        CheckpointError: files that are missing, truncated or not safetensors, or that contradict their index.
+        CheckpointError: files that are missing, truncated or not safetensors, or that contradict their index; two
+            names that become one.
     """
-    path = Path(path)
+    found = _found(Path(path))
+    if rename is None:
+        return found
+    tensors: dict[str, StoredTensor] = {}
+    for key, tensor in found.tensors.items():
+        name = rename(key)
+        if name in tensors:
+            raise CheckpointError(f"{tensors[name].key} and {key} are both renamed to {name}")
+        tensors[name] = tensor
+    return replace(found, tensors=tensors, rename=rename)
+
+
+def _found(path: Path) -> Checkpoint:
     if path.is_file():
         return _opened(path, [path], {}, None)
     if not path.is_dir():

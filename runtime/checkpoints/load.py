@@ -12,7 +12,7 @@ from torch import nn
 from ditc.kernels.errors import CheckpointError
 
 from .evidence import Choice, decide
-from .files import open_checkpoint
+from .files import Checkpoint, Rename, open_checkpoint
 from .parts import check_shapes, read_layer
 from .place import Fit, Staged, fit_plain, linear_of, read_plain, target_device
 from .stored import Recognised, StoredWeight, recognise
@@ -65,6 +65,7 @@ def load_quantized(
     scale_layout: str | None = None,
     nibbles: str | None = None,
     reencode: str | None = None,
+    rename: Rename | None = None,
 ) -> LoadReport:
     """Loads a checkpoint that somebody quantised, without the library that wrote it.
 
@@ -81,7 +82,9 @@ def load_quantized(
         scale_layout: ``linear`` or ``swizzled``, how the scales of blocks lie, where the checkpoint does not say.
         nibbles: ``even-low`` or ``even-high``, which 4-bit code is the first, where the checkpoint does not say.
         reencode: ``fp8`` turns 4-bit weights into row-wise FP8, for devices without 4-bit arithmetic: exact for
-            MXFP4 within FP8's range, rounded once more for NVFP4.
+            MXFP4 (or refused), rounded once more for NVFP4.
+        rename: what a key of the checkpoint is called in the model, where the two differ; it must take the keys of
+            scales as it takes those of weights.
 
     Raises:
         CheckpointError: files that are missing or truncated; a quantiser that ditc does not know; a layout that
@@ -89,13 +92,13 @@ def load_quantized(
     """
     if reencode not in (None, *REENCODINGS):
         raise CheckpointError(f"reencode is one of {', '.join(REENCODINGS)}; got {reencode!r}")
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, rename)
     found = recognise(checkpoint)
     weights = decide(found.weights, Choice(scale_layout, nibbles))
     layers = {module: linear_of(model, module) for module in weights}
     for module, weight in weights.items():
         check_shapes(module, weight, layers[module].out_features, layers[module].in_features)
-    fit = fit_plain(model, checkpoint, set(layers), _taken(found), strict)
+    fit = fit_plain(model, checkpoint, set(layers), _taken(checkpoint, found), strict)
     staged = read_plain(model, checkpoint, fit, device)
     for module, weight in weights.items():
         layer = layers[module]
@@ -107,8 +110,9 @@ def load_quantized(
     return report
 
 
-def _taken(found: Recognised) -> set[str]:
-    return set(found.markers).union(*(weight.keys for weight in found.weights.values()))
+def _taken(checkpoint: Checkpoint, found: Recognised) -> set[str]:
+    keys = {key for weight in found.weights.values() for key in weight.keys}
+    return set(found.markers) | {name for name, tensor in checkpoint.tensors.items() if tensor.key in keys}
 
 
 def _report(found: Recognised, weights: Mapping[str, StoredWeight], staged: Staged, fit: Fit) -> LoadReport:

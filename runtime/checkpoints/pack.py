@@ -13,7 +13,7 @@ from ditc.kernels.errors import CheckpointError
 from ditc.kernels.formats import FORMATS
 from ditc.kernels.operands import FLOATS
 
-from .files import Checkpoint, open_checkpoint
+from .files import Checkpoint, Rename, StoredTensor, open_checkpoint
 from .load import LoadReport
 from .module import QuantizedLinear
 from .parts import check_values
@@ -30,6 +30,7 @@ def load_and_quantize(
     *,
     device: torch.device | str | None = None,
     strict: bool = True,
+    rename: Rename | None = None,
 ) -> LoadReport:
     """Loads a checkpoint in full precision and quantises the listed layers as they are read.
 
@@ -44,12 +45,13 @@ def load_and_quantize(
         device: where to quantise and keep everything; by default where each tensor of the model is, the CPU for
             ``meta``.
         strict: refuse keys that no module takes, and parameters and persistent buffers that get nothing.
+        rename: what a key of the checkpoint is called in the model, where the two differ.
 
     Raises:
         CheckpointError: as :func:`~.load.load_quantized`, and for a layer whose format does not admit it or whose
             weight holds NaN or infinity. The model is then as it was.
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, rename)
     layers = {module: linear_of(model, module) for module in formats}
     for module, layer in layers.items():
         _check(checkpoint, module, layer, formats[module])
@@ -58,7 +60,7 @@ def load_and_quantize(
     # what stays is allocated before what goes, so that no hole between two packed layers is held by the allocator
     packed = {module: _allocated(layer, formats[module], device) for module, layer in layers.items()}
     for module, layer in layers.items():
-        _pack(checkpoint, f"{module}.weight", formats[module], packed[module])
+        _pack(checkpoint, checkpoint.tensors[f"{module}.weight"], formats[module], packed[module])
         bias = staged.bias_of(module, layer)
         staged.layers[module] = QuantizedLinear(packed[module], formats[module], bias, dtype=layer.weight.dtype)
     report = LoadReport("plain", dict(formats), {}, len(fit.plain), staged.packed_bytes, fit.unused, fit.missing)
@@ -72,14 +74,14 @@ def _allocated(layer: nn.Linear, format: str, device: torch.device | str | None)
     return [torch.empty(shape, dtype=dtype, device=place) for shape, dtype in types]
 
 
-def _pack(checkpoint: Checkpoint, key: str, format: str, packed: list[Tensor]) -> None:
+def _pack(checkpoint: Checkpoint, stored: StoredTensor, format: str, packed: list[Tensor]) -> None:
     """Quantises one weight into ``packed``, some rows at a time; its full precision is gone when this returns."""
-    weight = checkpoint.read(key).to(packed[0].device)
+    weight = checkpoint.read(stored).to(packed[0].device)
     with torch.no_grad():
         low, high = torch.aminmax(weight)
         largest = torch.maximum(-low, high).float()
         if not torch.isfinite(largest):
-            raise CheckpointError(f"{key} holds NaN or infinity and cannot be quantised")
+            raise CheckpointError(f"{stored} holds NaN or infinity and cannot be quantised")
         outer = None
         if format == "nvfp4":  # the one range that rows share, and it depends on their largest magnitude only
             outer = torch.ops.ditc.quantize_weight(largest.expand(1, 16), format)[2].reshape(())
@@ -88,7 +90,7 @@ def _pack(checkpoint: Checkpoint, key: str, format: str, packed: list[Tensor]) -
             parts = torch.ops.ditc.quantize(weight[start : start + rows], format, outer)
             for place, part in zip(packed, parts, strict=True):
                 place[start : start + rows].copy_(part)
-    check_values(key, format, packed)
+    check_values(stored.key, format, packed)
 
 
 def _check(checkpoint: Checkpoint, module: str, layer: nn.Linear, format: str) -> None:

@@ -90,7 +90,7 @@ def read_layer(
     N, K = shape
     parts = _read_parts(checkpoint, weight, N, K)
     check_values(weight.q.key, weight.format, parts)
-    sides = {name: checkpoint.read(tensor.key) for name, tensor in weight.sides.items()}
+    sides = {name: checkpoint.read(tensor) for name, tensor in weight.sides.items()}
     if (zero_point := sides.pop("zero_point", None)) is not None and bool(zero_point.any()):
         raise CheckpointError(f"{weight.sides['zero_point']} is not zero: ditc reads symmetric quantisation only")
     for name, side in sides.items():
@@ -108,7 +108,7 @@ def read_layer(
 
 
 def _read_parts(checkpoint: Checkpoint, weight: StoredWeight, N: int, K: int) -> list[Tensor]:
-    q, scale = checkpoint.read(weight.q.key), checkpoint.read(weight.scale.key)
+    q, scale = checkpoint.read(weight.q), checkpoint.read(weight.scale)
     if weight.format not in BLOCK:
         return [q, scale.to(torch.float32).reshape(-1, 1).expand(N, 1).contiguous()]
     rows, columns = q.shape[0], K // BLOCK[weight.format]
@@ -123,7 +123,7 @@ def _read_parts(checkpoint: Checkpoint, weight: StoredWeight, N: int, K: int) ->
         q = swap_nibbles(q)
     parts = [q.contiguous(), scale.contiguous()]
     if weight.format == "nvfp4":
-        outer = torch.ones(()) if weight.outer is None else checkpoint.read(weight.outer.key)
+        outer = torch.ones(()) if weight.outer is None else checkpoint.read(weight.outer)
         parts.append(row_outer(outer, (N,)))
     return parts
 
@@ -153,7 +153,7 @@ def check_values(key: str, format: str, parts: Sequence[Tensor]) -> None:
             raise CheckpointError(f"{key} has scales that are no number")
         return
     if format == "nvfp4":
-        empty = (q.unflatten(-1, (-1, 8)) & 0x77).amax(dim=-1) == 0
+        empty = (q.reshape(*scale.shape, -1) & 0x77).amax(dim=-1) == 0
         bits = scale.view(torch.uint8)
         if ((bits & 0x7F) == 0x7F).any() or (bits > 0x80).any() or (((bits & 0x7F) == 0) & ~empty).any():
             raise CheckpointError(f"{key} has scales of blocks that are zero, negative or no number")

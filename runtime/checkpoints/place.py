@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,8 @@ def parameters_on_meta() -> Iterator[None]:
             return None
         return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
 
-    hook = register_module_parameter_registration_hook(onto_meta)
+    # torch's annotation forgets that a hook may return another parameter
+    hook = register_module_parameter_registration_hook(cast(Callable[..., None], onto_meta))
     try:
         yield
     finally:
@@ -41,7 +43,7 @@ def parameters_on_meta() -> Iterator[None]:
 class Fit:
     """What goes where by its name: ``plain`` tensors, keys left over, names that get nothing."""
 
-    plain: tuple[StoredTensor, ...]
+    plain: Mapping[str, StoredTensor]
     unused: tuple[str, ...]
     missing: tuple[str, ...]
 
@@ -122,13 +124,12 @@ def fit_plain(
     wanted = model.state_dict()
     for module in quantized:
         wanted.pop(f"{module}.weight", None)
-    plain = [tensor for key, tensor in checkpoint.tensors.items() if key in wanted and key not in taken]
-    for tensor in plain:
-        _check_plain(tensor, wanted[tensor.key])
+    plain = {name: tensor for name, tensor in checkpoint.tensors.items() if name in wanted and name not in taken}
+    for name, tensor in plain.items():
+        _check_plain(tensor, wanted[name])
     unused = sorted(checkpoint.tensors.keys() - wanted.keys() - set(taken))
-    names = {tensor.key for tensor in plain}
-    given = {same for name, group in _tied_names(model).items() if name in names for same in group}
-    missing = sorted(wanted.keys() - names - given)
+    given = {same for name, group in _tied_names(model).items() if name in plain for same in group}
+    missing = sorted(wanted.keys() - plain.keys() - given)
     if strict and unused:
         raise CheckpointError(f"no module takes {len(unused)} tensors of the checkpoint: {_some(unused)}")
     if strict and missing:
@@ -139,15 +140,15 @@ def fit_plain(
             f"the model has buffers on the meta device that no checkpoint holds: {_some(lost)}; make it within "
             "parameters_on_meta() instead of torch.device('meta')"
         )
-    return Fit(tuple(plain), tuple(unused), tuple(missing))
+    return Fit(plain, tuple(unused), tuple(missing))
 
 
 def read_plain(model: nn.Module, checkpoint: Checkpoint, fit: Fit, device: torch.device | str | None) -> Staged:
     """Reads what is not quantised, one tensor after the other, in the model's types."""
     wanted, staged = model.state_dict(), Staged()
-    for tensor in fit.plain:
-        old = wanted[tensor.key]
-        staged.plain[tensor.key] = checkpoint.read(tensor.key).to(target_device(old, device), old.dtype)
+    for name, tensor in fit.plain.items():
+        old = wanted[name]
+        staged.plain[name] = checkpoint.read(tensor).to(target_device(old, device), old.dtype)
     return staged
 
 

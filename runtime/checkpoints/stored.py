@@ -77,7 +77,7 @@ class StoredWeight:
 
     @property
     def keys(self) -> set[str]:
-        """The keys of all tensors of this layer but its bias."""
+        """The keys, in the file, of all tensors of this layer but its bias."""
         parts = [self.q, self.scale, *([] if self.outer is None else [self.outer]), *self.sides.values()]
         return {tensor.key for tensor in parts}
 
@@ -146,7 +146,7 @@ def _modelopt(
         layers = config.get("quantized_layers")
         if not isinstance(layers, dict):
             raise CheckpointError(f"{checkpoint.path} says MIXED_PRECISION and lists no quantized_layers")
-        formats = {name: _modelopt_format(layer.get("quant_algo")) for name, layer in layers.items()}
+        formats = {_module(checkpoint, k): _modelopt_format(layer.get("quant_algo")) for k, layer in layers.items()}
     else:
         formats = _modelopt_format(algorithm)
     # a header with both accounts was written for ComfyUI by who knows which packer
@@ -176,9 +176,15 @@ def _comfy_layers(checkpoint: Checkpoint) -> tuple[dict[str, Any], frozenset[str
             layers |= account["layers"]
     markers = frozenset(key for key in checkpoint.tensors if key.endswith(".comfy_quant"))
     for key in markers:
-        text = bytes(checkpoint.read(key).to(torch.uint8).tolist()).decode("utf-8", errors="replace")
-        layers[key.removesuffix(".comfy_quant")] = _json(text, key)
-    return layers, markers
+        marker = checkpoint.tensors[key]
+        described = bytes(checkpoint.read(marker).to(torch.uint8).tolist()).decode("utf-8", errors="replace")
+        layers[marker.key.removesuffix(".comfy_quant")] = _json(described, key)
+    return {_module(checkpoint, key): entry for key, entry in layers.items()}, markers
+
+
+def _module(checkpoint: Checkpoint, name: str) -> str:
+    """A module of the file by its name in the model."""
+    return checkpoint.name(f"{name}.weight").removesuffix(".weight")
 
 
 def _comfy_format(module: str, entry: Any) -> str:

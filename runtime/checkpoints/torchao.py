@@ -37,7 +37,8 @@ def torchao_layers(checkpoint: Checkpoint) -> dict[str, dict[str, Any]] | None:
     if not accounts:
         return None
     quantised = {name: account for name, account in accounts.items() if account["_type"] != "Tensor"}
-    return {name.removesuffix(".weight"): _layer(checkpoint, name, account) for name, account in quantised.items()}
+    layers = {name: _layer(checkpoint, name, account) for name, account in quantised.items()}
+    return {checkpoint.name(name).removesuffix(".weight"): layer for name, layer in layers.items()}
 
 
 def _account(checkpoint: Checkpoint, name: str, text: Any) -> dict[str, Any]:
@@ -57,9 +58,9 @@ def _layer(checkpoint: Checkpoint, name: str, account: dict[str, Any]) -> dict[s
     stored: dict[str, StoredTensor] = {}
     for part in account.get("_tensor_data_names") or ():
         key = f"{module}._weight_{part}"
-        if key not in checkpoint.tensors:
+        if checkpoint.name(key) not in checkpoint.tensors:
             raise CheckpointError(f"{name} is a torchao {kind}, but {key} is missing")
-        stored[part] = checkpoint.tensors[key]
+        stored[part] = checkpoint.tensors[checkpoint.name(key)]
     if "qdata" not in stored or "scale" not in stored:
         raise CheckpointError(f"{name} is a torchao {kind} without qdata or scale")
     layer: dict[str, Any] = {

@@ -270,3 +270,21 @@ def test_comfy_kitchen_agrees(write: Write) -> None:
     load_quantized(model, write(tensors, metadata={"_quantization_metadata": {"layers": {"0": {"format": "nvfp4"}}}}))
     expected = kitchen.dequantize_nvfp4(q, w.abs().max() / 2688, scale, torch.float32)
     torch.testing.assert_close(model[0].weight, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("prefixed", [True, False])
+def test_other_names(
+    net: Net, nvfp4_tensors: Tensors, write: Write, swizzled: Swizzled, pack: Pack, prefixed: bool
+) -> None:
+    """ComfyUI's whole-model files put a prefix before the keys, and only some before the names in the header."""
+    source, model, prefix = net(), net(1), "model.diffusion_model."
+    tensors = {f"{prefix}{k}": t for k, t in as_comfy(nvfp4_tensors(source), swizzled).items()}
+    layers = {f"{prefix if prefixed else ''}{name}": entry for name, entry in COMFY["layers"].items()}
+    path = write(tensors, metadata={"_quantization_metadata": {"layers": layers}})
+    with pytest.raises(CheckpointError):
+        load_quantized(model, path)
+    load_quantized(model, path, rename=lambda key: key.removeprefix(prefix))
+    check(model, source, pack)
+    assert torch.equal(model.norm.bias, source.norm.bias)
+    with pytest.raises(CheckpointError, match="are both renamed to x"):
+        load_quantized(net(1), path, rename=lambda key: "x")

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ditc.kernels.formats import FORMATS, format_of
+from ditc.passes.capture import capture_dynamo
+from ditc.passes.rewrite import calls, made_from_weights
 from ditc.runtime.checkpoints import QuantizedLinear
 
 
@@ -60,6 +62,26 @@ def test_a_captured_graph_shows_a_linear_behind_dequantize(format: str) -> None:
     targets = [node.target for node in exported.graph.nodes if node.op == "call_function"]
     assert targets == [torch.ops.ditc.dequantize.default, torch.ops.aten.linear.default]
     assert torch.equal(exported.module()(x), module(x))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_compilers_normal_form_keeps_the_weight_apart(format: str) -> None:
+    """What the quantising pass looks for: a plain linear layer, its weight made from weights by one op."""
+    found = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        found.append(capture_dynamo(gm, inputs).graph)
+        return gm.forward
+
+    module = nn.Sequential(layer(format), nn.GELU(), nn.Linear(48, 8))
+    with torch.no_grad():
+        torch.compile(module, backend=backend, fullgraph=True)(torch.randn(2, 64))
+    torch._dynamo.reset()
+    (decoded,) = calls(found[0], torch.ops.ditc.dequantize.default)
+    (user,) = decoded.users
+    assert user.target == torch.ops.aten.linear.default and user.args[1] is decoded
+    assert made_from_weights(decoded) == [decoded] and made_from_weights(user) is None
+    assert decoded.args[1] == format and decoded.args[2] == torch.float32
 
 
 def test_compiles_without_a_graph_break() -> None:
