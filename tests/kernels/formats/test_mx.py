@@ -83,7 +83,7 @@ def test_bits_are_torchao_s(adversarial: Mapping[str, torch.Tensor], name: str, 
 @given(
     lead=st.lists(st.integers(1, 4), min_size=1, max_size=2),
     blocks=st.integers(1, 7),
-    exponent=st.integers(-100, 110),
+    exponent=st.integers(-100, 90),
     seed=st.integers(0, 2**20),
     name=st.sampled_from(["mxfp4", "mxfp8"]),
     rule=st.sampled_from(["floor", "rceil"]),
