@@ -61,8 +61,17 @@ def decode_tile(codes, scales_RG, FORMAT: tl.constexpr, DTYPE: tl.constexpr):
         DTYPE: float16 holds all values but those of the mx formats, whose exponents are too large. bfloat16 holds
             all values, but turns those below 2**-133 into zero. float32 holds all.
     """
+    # no early return: Triton would compile what follows it
     if FORMAT == "int8" or FORMAT == "fp8":
-        return codes.to(DTYPE)
+        tile_RK = codes.to(DTYPE)
+    else:
+        tile_RK = decode_blocks(codes, scales_RG, FORMAT).to(DTYPE)
+    return tile_RK
+
+
+@triton.jit
+def decode_blocks(codes, scales_RG, FORMAT: tl.constexpr):
+    """As :func:`decode_tile` for a block format; float16 for NVFP4, float32 for the mx formats."""
     if FORMAT == "nvfp4":
         # two significant bits by four, between 2**-10 and 2688: exact in float16
         values_RK = unpack_e2m1(codes)
@@ -78,4 +87,4 @@ def decode_tile(codes, scales_RG, FORMAT: tl.constexpr, DTYPE: tl.constexpr):
     K: tl.constexpr = values_RK.shape[1]
     G: tl.constexpr = factors_RG.shape[1]
     blocks = tl.reshape(values_RK, (R, G, K // G)) * factors_RG[:, :, None]
-    return tl.reshape(blocks, (R, K)).to(DTYPE)
+    return tl.reshape(blocks, (R, K))
