@@ -144,7 +144,7 @@ def _modelopt(
     formats: str | dict[str, str]
     if algorithm == "MIXED_PRECISION":
         layers = config.get("quantized_layers")
-        if not isinstance(layers, dict):
+        if not isinstance(layers, dict) or not all(isinstance(layer, dict) for layer in layers.values()):
             raise CheckpointError(f"{checkpoint.path} says MIXED_PRECISION and lists no quantized_layers")
         formats = {_module(checkpoint, k): _modelopt_format(layer.get("quant_algo")) for k, layer in layers.items()}
     else:
@@ -159,7 +159,7 @@ def _modelopt(
 
 
 def _modelopt_format(algorithm: Any) -> str:
-    if algorithm not in MODELOPT_ALGORITHMS:
+    if not isinstance(algorithm, str) or algorithm not in MODELOPT_ALGORITHMS:
         known = ", ".join([*MODELOPT_ALGORITHMS, "MIXED_PRECISION"])
         raise CheckpointError(f"quant_algo {algorithm!r} is unknown; ditc reads {known}")
     return MODELOPT_ALGORITHMS[algorithm]
@@ -188,12 +188,13 @@ def _module(checkpoint: Checkpoint, name: str) -> str:
 
 
 def _comfy_format(module: str, entry: Any) -> str:
-    if not isinstance(entry, dict) or entry.get("format") not in COMFY_FORMATS:
+    format = entry.get("format") if isinstance(entry, dict) else None
+    if not isinstance(format, str) or format not in COMFY_FORMATS:
         raise CheckpointError(f"{module} is stored as {entry!r}; ditc reads {', '.join(COMFY_FORMATS)}")
     strange = sorted(key for key, value in entry.items() if key not in _COMFY_ENTRIES and value)
     if strange:
         raise CheckpointError(f"{module} is stored with {strange[0]} = {entry[strange[0]]!r}, which ditc does not know")
-    return COMFY_FORMATS[entry["format"]]
+    return COMFY_FORMATS[format]
 
 
 def _collect(

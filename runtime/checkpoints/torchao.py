@@ -49,14 +49,16 @@ def _account(checkpoint: Checkpoint, name: str, text: Any) -> dict[str, Any]:
 
 
 def _layer(checkpoint: Checkpoint, name: str, account: dict[str, Any]) -> dict[str, Any]:
-    kind, attributes = account["_type"], account.get("_data") or {}
+    kind, attributes, parts = account["_type"], account.get("_data"), account.get("_tensor_data_names")
     if kind not in KINDS:
         raise CheckpointError(f"{name} is a torchao {kind}; ditc reads {', '.join(KINDS)}")
     module, _, parameter = name.rpartition(".")
     if parameter != "weight":
         raise CheckpointError(f"{name} is quantised; ditc reads quantised weights of linear layers only")
+    if not isinstance(attributes, dict) or not isinstance(parts, list):
+        raise CheckpointError(f"the header of {checkpoint.path} describes {name} without its attributes and tensors")
     stored: dict[str, StoredTensor] = {}
-    for part in account.get("_tensor_data_names") or ():
+    for part in map(str, parts):
         key = f"{module}._weight_{part}"
         if checkpoint.name(key) not in checkpoint.tensors:
             raise CheckpointError(f"{name} is a torchao {kind}, but {key} is missing")
@@ -89,9 +91,13 @@ def _format(name: str, kind: str, attributes: dict[str, Any]) -> str:
         if block != 16:
             raise CheckpointError(f"{name} is a torchao NVFP4Tensor with blocks of {block}; NVFP4 has blocks of 16")
         return "nvfp4"
-    element = (attributes.get("elem_dtype") or {}).get("_data")
+    described = attributes.get("elem_dtype")
+    element = str(described.get("_data")) if isinstance(described, dict) else ""
     if block != 32 or element not in _MX:
-        raise CheckpointError(f"{name} is a torchao MXTensor of {element} in blocks of {block}; ditc reads {_MX} of 32")
+        known = ", ".join(_MX)
+        raise CheckpointError(
+            f"{name} is a torchao MXTensor of {element} in blocks of {block}; ditc reads {known} of 32"
+        )
     return _MX[element]
 
 
