@@ -201,6 +201,8 @@ def _write(folder: Path, tensors: dict[str, Tensor], config: Mapping[str, Any]) 
         whole.mkdir()
         save_file(tensors, whole / WEIGHTS, metadata={"format": "pt"})
         (whole / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        # safetensors makes files that nobody else may read
+        (whole / WEIGHTS).chmod((whole / CONFIG).stat().st_mode)
         for name in (WEIGHTS, CONFIG):
             with (whole / name).open("rb") as written:
                 os.fsync(written.fileno())

@@ -150,6 +150,7 @@ def test_replaces_an_earlier_save_and_nothing_else(quantized: Quantized, tmp_pat
     folder = tmp_path / "saved"
     saved(quantized(inner="int8"), folder)
     (folder / "README.md").write_text("kept")
+    assert (folder / "diffusion_pytorch_model.safetensors").stat().st_mode == (folder / "README.md").stat().st_mode
     assert saved(quantized(inner="nvfp4"), folder)[1]["quant_algo"] == "NVFP4"
     assert {p.name for p in folder.iterdir()} == {"README.md", "config.json", "diffusion_pytorch_model.safetensors"}
     (folder / "diffusion_pytorch_model.safetensors.index.json").write_text("{}")
