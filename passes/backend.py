@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -13,8 +14,8 @@ from torch._inductor.compile_fx import compile_fx
 from ditc.kernels.matmul import fp32_matmul_reason
 from ditc.runtime.artifact import Artifact, Manifest, StateSpec
 
-from .capture import GraphInput, capture_dynamo, graph_inputs
-from .errors import CaptureError, PlanError
+from .capture import Capture, GraphInput, capture_dynamo, graph_inputs
+from .errors import CaptureError, PassError, PlanError
 from .lower.eager import lower_eager
 from .lower.inductor import lower_inductor, mode_options
 from .pipeline import Rewritten, rewrite
@@ -58,11 +59,50 @@ def ditc(
             reason = capture.unsupported
     if reason is None:
         inputs = graph_inputs(capture.graph)
+        spare = _copy(capture) if plan.precise_first or plan.precise_last else None
         rewritten = rewrite(capture, plan)
         reason = nothing_found(rewritten)
     if reason is not None:
         return pass_through(gm, example_inputs, plan, reason).load()
-    return assemble(rewritten, inputs, plan, capture.source).load()
+    artifact = assemble(rewritten, inputs, plan, capture.source)
+    if spare is not None:
+        artifact = with_precise_steps(artifact, spare, plan)
+    return artifact.load()
+
+
+def with_precise_steps(artifact: Artifact, spare: Capture, plan: Plan) -> Artifact:
+    """Adds the program without quantisation that runs the first and last steps of a generation.
+
+    Args:
+        artifact: the quantised program.
+        spare: the graph that it came from, as captured; it is handed over.
+        plan: of ``artifact``.
+
+    Raises:
+        PassError: the two carry different state between steps.
+    """
+    inputs, exact = graph_inputs(spare.graph), unquantized(plan)
+    precise = assemble(rewrite(spare, exact), inputs, exact, spare.source)
+    try:
+        return replace(artifact, precise=precise, precise_first=plan.precise_first, precise_last=plan.precise_last)
+    except ValueError as error:
+        raise PassError(str(error)) from None
+
+
+def _copy(capture: Capture) -> Capture:
+    """The same capture with a graph of its own; fake values are shared, so both graphs have the same symbols."""
+    copied: dict[fx.Node, fx.Node] = {}
+    new = fx.Graph()
+    new.output(new.graph_copy(capture.graph.graph, copied))
+    for node in capture.graph.graph.find_nodes(op="placeholder"):
+        if hasattr(node, "_dynamo_source"):
+            copied[node]._dynamo_source = node._dynamo_source
+    return replace(capture, graph=fx.GraphModule(capture.graph, new))
+
+
+def unquantized(plan: Plan) -> Plan:
+    """The same plan without anything that has to do with quantisation."""
+    return Plan(fuse=plan.fuse, fp32_matmul=plan.fp32_matmul, weights=plan.weights, mode=plan.mode, lower=plan.lower)
 
 
 def check_plan(plan: Plan) -> None:
@@ -106,7 +146,8 @@ def pass_through(gm: fx.GraphModule, example_inputs: Sequence[Any], plan: Plan, 
         run = cast(Callable[..., Any], lowered)
     manifest = Manifest(plan.to_toml(), "", versions(), "dynamo", untouched=reason)
     owner = next((i for i, x in enumerate(example_inputs) if isinstance(x, torch.nn.Parameter)), None)
-    return Artifact((run,), StateSpec(), manifest, owner=owner)
+    names = tuple(node.name for node in gm.graph.find_nodes(op="placeholder"))
+    return Artifact((run,), StateSpec(), manifest, owner=owner, input_names=names)
 
 
 def nothing_found(rewritten: Rewritten) -> str | None:
@@ -147,9 +188,10 @@ def assemble(rewritten: Rewritten, inputs: Sequence[GraphInput], plan: Plan, sou
         (segment,),
         rewritten.state,
         manifest,
-        prepare=prologue.graph if prologue else None,
+        prepare=prologue.pieces() if prologue else (),
         prepare_inputs=prologue.inputs if prologue else (),
-        quantized=prologue.quantized if prologue else (),
+        releasable=tuple(i for i in prologue.floating() if i not in kept) if prologue and plan.free_originals else (),
+        input_names=tuple(fact.name for fact in inputs),
         kept_inputs=kept,
         owner=next((i for i, fact in enumerate(inputs) if fact.kind == "parameter"), None),
         data_inputs=tuple(i for i, fact in enumerate(inputs) if fact.kind == "data"),

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
 from torch import fx
+
+from ditc.runtime.artifact import Piece
 
 from .base import PACK, PACKED_FROM, PassContext, PassReport
 from .capture import INPUT, GraphInput
@@ -27,6 +31,32 @@ class Prologue:
     inputs: tuple[int, ...]
     quantized: tuple[tuple[int, str], ...]
 
+    def pieces(self) -> tuple[Piece, ...]:
+        """The graph taken apart into pieces that share no computation, in the order in which they begin."""
+        placeholders = {node: i for i, node in enumerate(self.graph.graph.find_nodes(op="placeholder"))}
+        results = list(self.graph.graph.output_node().args[0])  # type: ignore[arg-type]
+        names = dict(self.quantized)
+        pieces = []
+        for nodes in _components(self.graph):
+            inside = set(nodes)
+            read = [p for p in placeholders if any(user in inside for user in p.users)]
+            outputs = [i for i, node in enumerate(results) if node in inside]
+            new, copied = fx.Graph(), dict[fx.Node, fx.Node]()
+            for node in (*read, *nodes):
+                copied[node] = new.node_copy(node, copied.__getitem__)
+            new.output(tuple(copied[results[i]] for i in outputs))
+            module = fx.GraphModule(self.graph, new, "Piece")
+            scales = tuple((k, names[i]) for k, i in enumerate(outputs) if i in names)
+            inputs = tuple(placeholders[p] for p in read)
+            pieces.append(Piece(module, inputs, tuple(outputs), _key(module), scales))
+        return tuple(pieces)
+
+    def floating(self) -> tuple[int, ...]:
+        """Those of ``inputs`` that are of a float type."""
+        placeholders = self.graph.graph.find_nodes(op="placeholder")
+        floats = [node.meta["val"].is_floating_point() for node in placeholders]
+        return tuple(i for i, is_float in zip(self.inputs, floats, strict=True) if is_float)
+
 
 @dataclass(frozen=True)
 class HoistWeights:
@@ -44,7 +74,8 @@ class HoistWeights:
         """Moves all marked nodes at once."""
         marked = [node for node in graph.graph.nodes if node.meta.get(PACK)]
         inside = set(marked)
-        results = [n for n in marked if any(user not in inside for user in n.users)]
+        # scales that only packing reads come out all the same: the runtime looks at them for NaN
+        results = [n for n in marked if PACKED_FROM in n.meta or any(user not in inside for user in n.users)]
         if not results:
             return PassReport(self.name, 0)
         positions, prologue = _prologue(graph, marked, results)
@@ -81,3 +112,42 @@ def _prologue(
 def _name(node: fx.Node) -> str:
     source = node.meta.get(PACKED_FROM)
     return f"{source}:{node.name}" if source else node.name
+
+
+def _components(graph: fx.GraphModule) -> list[list[fx.Node]]:
+    """Nodes that compute, grouped so that no value goes from one group to another."""
+    group_of: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.graph.nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        joined = [node]
+        for operand in node.all_input_nodes:
+            group = group_of.get(operand)
+            if group is not None and node not in group:
+                group += joined
+                joined = group
+        for member in joined:
+            group_of[member] = joined
+    order = {node: i for i, node in enumerate(graph.graph.nodes)}
+    groups = {id(group): sorted(group, key=order.__getitem__) for group in group_of.values()}
+    return sorted(groups.values(), key=lambda group: order[group[0]])
+
+
+def _key(piece: fx.GraphModule) -> str:
+    """A hash of what a piece computes; names of nodes and weights have no part in it."""
+    number = {node: f"%{i}" for i, node in enumerate(piece.graph.nodes)}
+
+    def line(node: fx.Node) -> str:
+        if node.op == "placeholder":
+            value = node.meta["val"]
+            return f"{value.dtype}{tuple(value.shape)}"
+        if node.op == "get_attr":
+            constant: Any = getattr(piece, str(node.target))
+            assert isinstance(constant, torch.Tensor), "a piece holds no graphs of its own"
+            data = constant.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            return f"{constant.dtype}{tuple(constant.shape)} {hashlib.sha256(data).hexdigest()}"
+        args = fx.node.map_arg((node.args, node.kwargs), lambda n: number[n])
+        return f"{node.target} {args!r}"
+
+    text = "\n".join(map(line, piece.graph.nodes))
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -85,35 +85,74 @@ class Manifest:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """A part of the prologue that shares no computation with the others, and so can run on its own.
+
+    Attributes:
+        run: takes the weights at ``inputs``, returns the packed tensors at ``outputs``.
+        inputs: positions among the prologue's weights (``Artifact.prepare_inputs``).
+        outputs: positions among the packed tensors.
+        key: names what ``run`` computes. Equal keys and the same weights mean equal results, which are packed once
+            and shared by all programs, such as those of several resolutions.
+        quantized: position among this piece's results, and name of the weight, of each quantised weight's scale.
+    """
+
+    run: Segment
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    key: str
+    quantized: tuple[tuple[int, str], ...] = ()
+
+
+@dataclass(frozen=True)
 class Artifact:
     """A program: one prologue that packs weights, segments that run at every call, and the layout of its state.
 
     Attributes:
         segments: run one after the other; the first takes ``[kept inputs, packed weights, state]``, each next one what
             the one before returned; the last returns ``[outputs, new state]``.
-        prepare: packs weights; takes the inputs at ``prepare_inputs``. ``None`` where nothing is packed.
+        prepare: the prologue, which packs weights, in pieces; empty where nothing is packed.
         prepare_inputs: positions among the caller's inputs of the weights that ``prepare`` reads.
-        quantized: position among the packed tensors, and name of the weight, of each quantised weight's scale.
+        releasable: positions among the caller's inputs of the weights that are released once they are packed.
+        input_names: what each of the caller's inputs stands for, for messages.
         kept_inputs: positions among the caller's inputs of what the first segment still reads.
         owner: position of one weight of the module, by which its statistics are found; ``None`` if it has none.
         data_inputs: positions of the tensors that come with each call; their shapes are part of a state's key.
         timestep: position of the timestep input, or ``None`` where the analysis found none.
         watch_weights: whether edits of the weights are looked for at every call.
         fp32_matmul: who multiplies fp32 matrices while the program runs (``default`` or ``onednn``).
+        precise: the same graph without quantisation, for the first and last steps of a generation, or ``None``.
+        precise_first, precise_last: how many steps at the start and at the end run ``precise``.
+
+    Raises:
+        ValueError: ``precise`` carries other state, or steps are to be precise and it is missing.
     """
 
     segments: tuple[Segment, ...]
     state: StateSpec
     manifest: Manifest
-    prepare: Segment | None = None
+    prepare: tuple[Piece, ...] = ()
     prepare_inputs: tuple[int, ...] = ()
-    quantized: tuple[tuple[int, str], ...] = ()
+    releasable: tuple[int, ...] = ()
+    input_names: tuple[str, ...] = ()
     kept_inputs: tuple[int, ...] | None = None
     owner: int | None = None
     data_inputs: tuple[int, ...] = ()
     timestep: int | None = None
     watch_weights: bool = True
     fp32_matmul: str = "default"
+    precise: Artifact | None = None
+    precise_first: int = 0
+    precise_last: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.precise is None) != (self.precise_first + self.precise_last == 0):
+            raise ValueError("precise steps need a precise program, and a precise program needs precise steps")
+        if self.precise is not None and self.precise.state != self.state:
+            raise ValueError(
+                "precise_first and precise_last are impossible here: without quantisation the program carries other "
+                f"state between steps ({self.precise.state.entries} instead of {self.state.entries})"
+            )
 
     def load(self) -> Program:
         """The callable of this artifact, with weights and state kept apart per module and per trajectory."""

@@ -83,7 +83,7 @@ def generate(
     # the schedule is read on the host: no device synchronisation between steps
     levels = sigmas.to("cpu", torch.float32)
     steps = len(levels) - 1
-    with session():
+    with session(steps=steps):
         for step in range(steps):
             sigma, following = levels[step], levels[step + 1]
             timestep = (timesteps * sigma).to(x.device).expand(len(x))

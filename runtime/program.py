@@ -6,15 +6,18 @@ import threading
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ditc.kernels.errors import DitcError
 from ditc.kernels.matmul import fp32_matmul
 
 from .artifact import Artifact
-from .session import Slot, find_slot, listen_to_diffusers
-from .weights import WeightCache
+from .release import refuse_released
+from .session import Slot, current_session, find_slot, listen_to_diffusers
+from .weights import Memory, WeightCache
 
 _programs: weakref.WeakSet[Program] = weakref.WeakSet()
 
@@ -24,6 +27,53 @@ def programs_of(module: torch.nn.Module) -> list[Program]:
     owned = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     found = [program for program in list(_programs) if program.calls_by(owned)]
     return sorted(found, key=lambda program: program.number)
+
+
+@dataclass
+class _Owner:
+    """A weight by which a module is known, and the calls made with it."""
+
+    weight: weakref.ref[Any]
+    calls: int = 0
+    precise: int = 0
+
+
+class _Variant:
+    """One way to run a program's graph: its segments, and its own packed weights."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        self.artifact = artifact
+        weights = [self._name(i) for i in artifact.prepare_inputs]
+        releasable = [k for k, i in enumerate(artifact.prepare_inputs) if i in artifact.releasable]
+        self.weights = (
+            WeightCache(artifact.prepare, artifact.watch_weights, releasable, weights) if artifact.prepare else None
+        )
+        self._matmul: Callable[[], AbstractContextManager[object]] = (
+            nullcontext if artifact.fp32_matmul == "default" else fp32_matmul
+        )
+
+    @property
+    def watches(self) -> bool:
+        """Whether weights are looked at more thoroughly at the first step of a generation."""
+        return self.weights is not None and self.artifact.watch_weights
+
+    def __call__(self, inputs: tuple[Any, ...], state: tuple[torch.Tensor, ...], thorough: bool) -> Any:
+        """Takes the caller's inputs and the state; returns outputs and new state."""
+        artifact = self.artifact
+        kept = range(len(inputs)) if artifact.kept_inputs is None else artifact.kept_inputs
+        values = [inputs[i] for i in kept]
+        refuse_released(values, [self._name(i) for i in kept])
+        if self.weights is not None:
+            values += self.weights.get([inputs[i] for i in artifact.prepare_inputs], thorough)
+        values += state
+        with self._matmul():
+            for segment in artifact.segments:
+                values = segment(*values)  # type: ignore[assignment]
+        return values
+
+    def _name(self, position: int) -> str:
+        names = self.artifact.input_names
+        return names[position] if position < len(names) else f"input {position}"
 
 
 class Program:
@@ -36,47 +86,59 @@ class Program:
         self.number = Program._count
         self.artifact = artifact
         self.calls = 0
-        self._owners: dict[int, list[Any]] = {}
+        self._owners: dict[int, _Owner] = {}
         self._lock = threading.Lock()
-        prepare = artifact.prepare
-        self.weights = WeightCache(prepare, artifact.watch_weights, artifact.quantized) if prepare is not None else None
-        self._matmul: Callable[[], AbstractContextManager[object]] = (
-            nullcontext if artifact.fp32_matmul == "default" else fp32_matmul
-        )
+        self._main = _Variant(artifact)
+        self._precise = _Variant(artifact.precise) if artifact.precise is not None else None
+        # finding the slot may read the timestep, which waits for a GPU: only for those who need it
+        variants = [variant for variant in (self._main, self._precise) if variant is not None]
+        self._needs_slot = len(variants) > 1 or bool(artifact.state.entries) or any(v.watches for v in variants)
+        self.caches = [variant.weights for variant in variants if variant.weights is not None]
         _programs.add(self)
         listen_to_diffusers()
 
     def __call__(self, *inputs: Any) -> Any:
-        """Takes the inputs of the captured graph and returns its outputs."""
+        """Takes the inputs of the captured graph and returns its outputs.
+
+        Raises:
+            WeightError: a weight cannot be packed, or its values were released.
+            DitcError: the last steps are to be precise, and nobody said which step is the last.
+        """
         artifact = self.artifact
-        self._count_call(inputs)
-        run = list(inputs) if artifact.kept_inputs is None else [inputs[i] for i in artifact.kept_inputs]
-        # finding the slot reads the timestep, which waits for a GPU: only for those who need it
-        watched = self.weights is not None and artifact.watch_weights
-        slot = self._slot(inputs) if watched or artifact.state.entries else Slot()
-        if self.weights is not None:
-            run += self.weights.get([inputs[i] for i in artifact.prepare_inputs], thorough=slot.calls == 0)
-        if not artifact.state.entries:
-            outputs = self._run(run)
+        slot = self._slot(inputs) if self._needs_slot else Slot()
+        variant = self._variant(slot.calls)
+        self._count_call(inputs, variant is self._precise)
+        state: tuple[torch.Tensor, ...] = ()
+        if artifact.state.entries:
+            state = slot.tensors or artifact.state.initial(self._device(inputs))
+        outputs = variant(inputs, state, thorough=slot.calls == 0)
+        kept_state = len(artifact.state.entries)
+        if not kept_state:
             slot.commit(())
             return outputs
-        state = slot.tensors or artifact.state.initial(self._device(inputs))
-        outputs = self._run(run + list(state))
-        kept_state = len(artifact.state.entries)
         slot.commit(tuple(outputs[-kept_state:]))
         return outputs[:-kept_state]
 
-    def _run(self, values: list[Any]) -> Any:
-        with self._matmul():
-            for segment in self.artifact.segments:
-                values = segment(*values)  # type: ignore[assignment]
-        return values
+    def _variant(self, step: int) -> _Variant:
+        """What runs at the ``step``-th call (from 0) of a branch. Calls beyond the announced number are precise."""
+        if self._precise is None:
+            return self._main
+        first, last = self.artifact.precise_first, self.artifact.precise_last
+        if not last:
+            return self._precise if step < first else self._main
+        current = current_session()
+        if current is None or current.steps is None:
+            raise DitcError(
+                f"precise_last={last} needs to know which steps are the last: wrap the generation in "
+                "`with ditc.session(steps=number_of_steps):`, or draw with ditc.generate"
+            )
+        return self._precise if step < first or step >= current.steps - last else self._main
 
     def _slot(self, inputs: tuple[Any, ...]) -> Slot:
         artifact = self.artifact
         signature = tuple(tuple(inputs[i].shape) for i in artifact.data_inputs)
         timestep: float | None = None
-        if artifact.timestep is not None:
+        if artifact.timestep is not None and current_session() is None:
             value = inputs[artifact.timestep]
             if not (value.is_cuda and torch.cuda.is_current_stream_capturing()) and value.numel():
                 timestep = float(value.reshape(-1)[0])
@@ -86,18 +148,36 @@ class Program:
         first: torch.Tensor = next(inputs[i] for i in self.artifact.data_inputs)
         return first.device
 
-    def _count_call(self, inputs: tuple[Any, ...]) -> None:
+    def _count_call(self, inputs: tuple[Any, ...], precise: bool) -> None:
         self.calls += 1
         if self.artifact.owner is None:
             return
         weight = inputs[self.artifact.owner]
         entry = self._owners.get(id(weight))
-        if entry is None or entry[0]() is not weight:
+        if entry is None or entry.weight() is not weight:
             with self._lock:
-                self._owners = {k: e for k, e in self._owners.items() if e[0]() is not None}
-                self._owners[id(weight)] = entry = [weakref.ref(weight), 0]
-        entry[1] += 1
+                self._owners = {k: e for k, e in self._owners.items() if e.weight() is not None}
+                self._owners[id(weight)] = entry = _Owner(weakref.ref(weight))
+        entry.calls += 1
+        entry.precise += precise
 
     def calls_by(self, owned: dict[int, torch.Tensor]) -> int:
         """Calls made with one of these tensors (by ``id``) as a weight."""
-        return sum(count for key, (ref, count) in self._owners.items() if key in owned and ref() is owned[key])
+        return sum(entry.calls for entry in self._owned(owned))
+
+    def precise_calls_by(self, owned: dict[int, torch.Tensor]) -> int:
+        """Those of :meth:`calls_by` that ran without quantisation because of their step."""
+        return sum(entry.precise for entry in self._owned(owned))
+
+    def _owned(self, owned: dict[int, torch.Tensor]) -> list[_Owner]:
+        return [e for key, e in list(self._owners.items()) if key in owned and e.weight() is owned[key]]
+
+    def memory(self) -> Memory:
+        """Bytes of packed weights and of the weights they came from; precise and quantised packings add up."""
+        found = [cache.memory() for cache in self.caches]
+        return Memory(
+            sum(memory.packed for memory in found),
+            max((memory.originals for memory in found), default=0),
+            sum(memory.released for memory in found),
+            max((memory.peak for memory in found), default=0),
+        )

@@ -79,10 +79,12 @@ class Trajectory:
 class Session:
     """All state of one trajectory: a slot for each program, branch and set of input shapes.
 
-    A session may be entered again (``with session(resume)``) to interleave the steps of several requests.
+    A session may be entered again (``with session(resume)``) to interleave the steps of several requests. ``steps`` is
+    how many calls each branch of the generation will make, where somebody said so.
     """
 
     request: str | None = None
+    steps: int | None = None
     _slots: weakref.WeakKeyDictionary[Any, dict[tuple[str | None, Signature], Slot]] = field(
         default_factory=weakref.WeakKeyDictionary
     )
@@ -134,13 +136,23 @@ def current_branch() -> str | None:
 
 
 @contextmanager
-def session(request: str | Session | None = None) -> Iterator[Session]:
+def session(request: str | Session | None = None, *, steps: int | None = None) -> Iterator[Session]:
     """Opens the session of one generation: calls of compiled programs inside share state with nobody outside.
 
     Args:
         request: a label for reports, or a :class:`Session` to go on with.
+        steps: how often the generation will call the model in each branch of guidance: the number of steps, for
+            samplers with one call a step. A plan with ``precise_last`` needs it.
+
+    Raises:
+        ValueError: ``steps`` is below 1, or is not what a session to go on with was opened with.
     """
-    mine = request if isinstance(request, Session) else Session(request)
+    if steps is not None and steps < 1:
+        raise ValueError(f"a generation has at least one step, got steps={steps}")
+    mine = request if isinstance(request, Session) else Session(request, steps)
+    if steps is not None and mine.steps not in (None, steps):
+        raise ValueError(f"this session was opened with steps={mine.steps}, got steps={steps}")
+    mine.steps = steps if steps is not None else mine.steps
     token = _session.set(mine)
     try:
         yield mine

@@ -8,6 +8,9 @@ from weights (quantised, concatenated) is kept per set of weights, and made anew
   bypass the version counter but touch nearly every element);
 - at the first call of a generation: a checksum over all of every weight, for what else happens through ``.data``;
   where generations follow so closely that checksums would take more than 2 % of the time, some are left out.
+
+A weight that was released after packing (:mod:`.release`) cannot be looked at; nobody can have edited it either, and
+one that is given values again is seen by its new storage.
 """
 
 from __future__ import annotations
@@ -15,75 +18,63 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from ditc.kernels.errors import WeightError
-
-SAMPLES = 64
-"""Elements of each weight that are compared at every call."""
+from . import sums
+from .artifact import Piece
+from .meter import bytes_of
+from .packing import Key, Packed, PackedPiece, Packer
+from .release import released
 
 CHECKSUM_SHARE = 0.02
 """Most of the time between two checksums that the checksum itself may take."""
 
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_RELEASED = -2
+"""Stands for the version of a released weight, which has none that matters."""
 
 
-def _bits(weight: torch.Tensor) -> torch.Tensor:
-    """The weight's elements as integers in memory order, so that NaN equals itself; a view where that is possible."""
-    return weight.detach().reshape(-1).view(_INTEGERS[weight.element_size()])
-
-
-def _sample(bits: torch.Tensor) -> torch.Tensor:
-    # an odd stride visits different columns in different rows
-    return bits[:: max(1, bits.numel() // SAMPLES) | 1]
-
-
-def _version(weight: torch.Tensor) -> int:
-    # tensors made in inference mode count no versions; the sample and the checksum watch those
-    return -1 if weight.is_inference() else weight._version
-
-
-def _checksum(bits: Sequence[torch.Tensor]) -> torch.Tensor:
-    return torch.stack([_wide(b).sum(dtype=torch.int64) for b in bits])
-
-
-def _wide(bits: torch.Tensor) -> torch.Tensor:
-    # as many bytes per element as there are: sums of narrow integers convert each of them first
-    size = bits.element_size()
-    aligned = bits.is_contiguous() and bits.data_ptr() % 8 == 0 and bits.storage_offset() * size % 8 == 0
-    return bits.view(torch.int64) if aligned and bits.numel() * size % 8 == 0 else bits
+def _mark(weight: torch.Tensor) -> tuple[int, int]:
+    record = released(weight)
+    return (weight.data_ptr(), sums.version_of(weight)) if record is None else (record.storage._cdata, _RELEASED)
 
 
 @dataclass(eq=False)
 class PackedWeights:
-    """What was packed from one set of weights, and how those weights looked then."""
+    """What was packed from one set of weights, and how those weights looked then.
+
+    ``live`` are the positions of the weights that were not released; ``bits``, ``samples`` and ``checksum`` are
+    theirs alone.
+    """
 
     sources: tuple[weakref.ref[torch.Tensor], ...]
     marks: list[tuple[int, int]]
+    live: list[int]
     bits: list[torch.Tensor]
     samples: list[torch.Tensor]
     sampled: list[torch.Tensor]
     checksum: torch.Tensor
-    packed: tuple[torch.Tensor, ...]
+    result: Packed
     checksum_due: float = 0.0
 
     @classmethod
-    def of(cls, weights: Sequence[torch.Tensor], packed: Sequence[torch.Tensor]) -> PackedWeights:
+    def of(cls, weights: Sequence[torch.Tensor], result: Packed) -> PackedWeights:
         """Remembers ``weights`` beside what was packed from them."""
+        live = [i for i, weight in enumerate(weights) if released(weight) is None]
         # a view of a contiguous weight sees later edits; a non-contiguous one is read anew at each look
-        bits = [_bits(w) for w in weights]
-        samples = [_sample(b) for b in bits]
+        bits = [sums.bits_of(weights[i]) for i in live]
+        checksums = [result.looks[i].checksum for i in live]
         return cls(
             tuple(weakref.ref(w) for w in weights),
-            [(w.data_ptr(), _version(w)) for w in weights],
+            [_mark(w) for w in weights],
+            live,
             bits,
-            samples,
-            _gather(samples),
-            _checksum(bits),
-            tuple(packed),
+            [sums.sample(b) for b in bits],
+            _gather([result.looks[i].sample for i in live]),
+            torch.stack(checksums) if checksums else sums.checksum(()),
+            result,
         )
 
     def alive(self) -> bool:
@@ -93,13 +84,14 @@ class PackedWeights:
     def follows(self, weights: Sequence[torch.Tensor], thorough: bool) -> bool:
         """Whether ``weights`` are still what was packed."""
         for weight, source, mark in zip(weights, self.sources, self.marks, strict=True):
-            if source() is not weight or mark != (weight.data_ptr(), _version(weight)):
+            if source() is not weight or mark != _mark(weight):
                 return False
-        if any(w.device.type == "cuda" for w in weights[:1]) and torch.cuda.is_current_stream_capturing():
+        live = [weights[i] for i in self.live]
+        if any(w.device.type == "cuda" for w in live[:1]) and torch.cuda.is_current_stream_capturing():
             return True  # values cannot be read while a CUDA graph is recorded
-        contiguous = all(w.is_contiguous() for w in weights)
-        bits = self.bits if contiguous else [_bits(w) for w in weights]
-        samples = self.samples if contiguous else [_sample(b) for b in bits]
+        contiguous = all(w.is_contiguous() for w in live)
+        bits = self.bits if contiguous else [sums.bits_of(w) for w in live]
+        samples = self.samples if contiguous else [sums.sample(b) for b in bits]
         if not all(torch.equal(a, b) for a, b in zip(_gather(samples), self.sampled, strict=True)):
             return False
         return not thorough or self._checksum_holds(bits)
@@ -108,7 +100,7 @@ class PackedWeights:
         start = time.perf_counter()
         if start < self.checksum_due:
             return True
-        holds = torch.equal(_checksum(bits), self.checksum)
+        holds = torch.equal(sums.checksum(bits), self.checksum)
         end = time.perf_counter()
         self.checksum_due = end + (end - start) / CHECKSUM_SHARE
         return holds
@@ -122,55 +114,86 @@ def _gather(samples: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [torch.cat(group) for group in kinds.values()]
 
 
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of the weights that a prologue reads and of what it made of them, over all sets of weights in use.
+
+    ``originals`` counts weights whether or not they were ``released``; ``peak`` is the most that one set needed while
+    it was packed. Tensors that several programs share count in each of them.
+    """
+
+    packed: int = 0
+    originals: int = 0
+    released: int = 0
+    peak: int = 0
+
+    @property
+    def resident(self) -> int:
+        """What is held now: packed tensors, and weights that were not released."""
+        return self.packed + self.originals - self.released
+
+
 class WeightCache:
-    """Packed weights per set of weights; thread-safe."""
+    """Packed weights per set of weights; thread-safe.
+
+    Args:
+        pieces: the prologue.
+        watch: whether edits are looked for; else a set of weights is packed once.
+        releasable: positions among the weights of those that are released once packed.
+        names: of the weights, for messages.
+    """
 
     def __init__(
-        self,
-        prepare: Callable[..., Sequence[torch.Tensor]],
-        watch: bool,
-        quantized: Sequence[tuple[int, str]] = (),
+        self, pieces: Sequence[Piece], watch: bool, releasable: Sequence[int] = (), names: Sequence[str] = ()
     ) -> None:
-        self._prepare, self._watch, self._quantized = prepare, watch, quantized
+        self._packer, self._watch = Packer(pieces, releasable, names), watch
         self._entries: dict[tuple[int, ...], PackedWeights] = {}
         self._lock = threading.Lock()
         self.packs = 0
+        self._peak = 0
 
     def get(self, weights: Sequence[torch.Tensor], thorough: bool) -> tuple[torch.Tensor, ...]:
         """What is packed from ``weights``, packed now if they are new or changed.
 
         Raises:
-            WeightError: a weight that is to be quantised holds NaN or infinity.
+            WeightError: a weight that is to be quantised holds NaN or infinity, or its values were released.
         """
         key = tuple(map(id, weights))
         entry = self._entries.get(key)
         if entry is not None and self._fits(entry, weights, thorough):
-            return entry.packed
+            return entry.result.tensors
+        del entry  # its views would keep weights from being released
         with self._lock:
             entry = self._entries.get(key)
             if entry is not None and self._fits(entry, weights, thorough):
-                return entry.packed
+                return entry.result.tensors
+            old: dict[Key, PackedPiece] = dict(entry.result.parts) if entry is not None else {}
+            del entry
             self._entries = {k: e for k, e in self._entries.items() if k != key and e.alive()}
-            with torch.no_grad():
-                packed = tuple(self._prepare(*weights))
-            self._refuse_unhealthy(packed)
-            self.packs += 1
-            self._entries[key] = PackedWeights.of(weights, packed)
-            return packed
-
-    def _refuse_unhealthy(self, packed: Sequence[torch.Tensor]) -> None:
-        for position, name in self._quantized:
-            if not torch.isfinite(packed[position]).all():
-                raise WeightError(
-                    f"{name} holds NaN or infinity and cannot be quantised: mend the checkpoint, or run it as it is "
-                    "with quantize='none'"
-                )
+            result = self._packer.pack(weights, old)
+            self.packs += bool(result.made)
+            self._peak = max(self._peak, result.peak_bytes)
+            self._entries[key] = PackedWeights.of(weights, result)
+            return result.tensors
 
     def _fits(self, entry: PackedWeights, weights: Sequence[torch.Tensor], thorough: bool) -> bool:
         if not self._watch:
             return all(source() is weight for source, weight in zip(entry.sources, weights, strict=True))
         return entry.follows(weights, thorough)
 
-    def bytes(self) -> int:
-        """Bytes of everything packed and still in use."""
-        return sum(t.numel() * t.element_size() for e in self._entries.values() if e.alive() for t in e.packed)
+    def memory(self) -> Memory:
+        """Bytes of everything that is still in use."""
+        packed = originals = gone = 0
+        for entry in list(self._entries.values()):
+            weights = [source() for source in entry.sources]
+            alive = [w for w in weights if w is not None]
+            if len(alive) < len(weights):
+                continue
+            packed += sum(bytes_of(tensor) for tensor in {id(t): t for t in entry.result.tensors}.values())
+            originals += sum(map(bytes_of, alive))
+            gone += sum(bytes_of(w) for w in alive if released(w) is not None)
+        return Memory(packed, originals, gone, self._peak)
+
+    def unreleased(self) -> dict[str, str]:
+        """Names of the weights that were to be released and could not be, with the reason."""
+        return {name: why for entry in list(self._entries.values()) for name, why in entry.result.kept.items()}

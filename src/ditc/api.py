@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from ditc.passes.backend import check_plan
 from ditc.passes.base import PassReport
 from ditc.passes.plan import Plan
 from ditc.runtime.program import programs_of
+from ditc.runtime.weights import Memory
 
 from .text import as_text, megabytes
 
@@ -51,8 +53,10 @@ def compile(
 class ProgramStats:
     """What one compiled graph did for one module.
 
-    ``untouched`` says why the graph runs as captured, or is ``None``; ``packs`` counts how often weights were packed,
-    over all modules that share the graph; ``packed_bytes`` is what that holds now.
+    ``untouched`` says why the graph runs as captured, or is ``None``. ``precise_calls`` are the calls that ran without
+    quantisation because of their step. ``packs`` counts how often weights were packed, over all modules that share the
+    graph; ``memory`` is what that holds now (a graph that finds everything packed by another holds it too), and
+    ``unreleased`` names the weights that ``free_originals`` could not release, with the reason.
     """
 
     number: int
@@ -63,8 +67,23 @@ class ProgramStats:
     passes: tuple[PassReport, ...]
     notes: tuple[str, ...]
     packs: int
-    packed_bytes: int
+    memory: Memory
     state_bytes_per_branch: int
+    precise_calls: int = 0
+    unreleased: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of packed weights."""
+        return self.memory.packed
+
+    @property
+    def remarks(self) -> str:
+        """What is worth knowing beside the numbers."""
+        found = [self.untouched] if self.untouched else list(self.notes)
+        for reason, count in Counter(self.unreleased.values()).items():
+            found.append(f"{count} weights not released: {reason}")
+        return "; ".join(found)
 
 
 @dataclass(frozen=True)
@@ -80,18 +99,28 @@ class Stats:
 
     def __rich__(self) -> Table:
         table = Table(title="ditc: what ran", title_justify="left")
-        for column in ("graph", "calls", "plan", "rewrites", "packed", "remarks"):
-            table.add_column(column, justify="right" if column in ("graph", "calls", "packed") else "left")
+        for column in ("graph", "calls", "plan", "rewrites", "weights", "remarks"):
+            table.add_column(column, justify="right" if column in ("graph", "calls") else "left")
         for program in self.programs:
             rewrites = ", ".join(f"{report.name} {report.rewrites}" for report in program.passes if report.rewrites)
-            packed = f"{megabytes(program.packed_bytes)} ({program.packs}×)" if program.packs else "-"
-            remarks = program.untouched or "; ".join(program.notes)
-            row = (str(program.number), str(program.calls), str(program.plan), rewrites or "-", packed, remarks)
-            table.add_row(*row)
+            calls = f"{program.calls}" + (f"\n{program.precise_calls} precise" if program.precise_calls else "")
+            weights = _weights(program)
+            table.add_row(str(program.number), calls, str(program.plan), rewrites or "-", weights, program.remarks)
         return table
 
     def __str__(self) -> str:
         return as_text(self)
+
+
+def _weights(program: ProgramStats) -> str:
+    memory = program.memory
+    if not memory.packed:
+        return "-"
+    lines = [f"packed {megabytes(memory.packed)} ({program.packs}×)", f"of {megabytes(memory.originals)}"]
+    if memory.released:
+        lines.append(f"released {megabytes(memory.released)}")
+    lines += [f"resident {megabytes(memory.resident)}", f"peak {megabytes(memory.peak)}"]
+    return "\n".join(lines)
 
 
 def stats(compiled: torch.nn.Module) -> Stats:
@@ -117,9 +146,11 @@ def stats(compiled: torch.nn.Module) -> Stats:
                 manifest.graph_hash,
                 manifest.reports,
                 manifest.notes,
-                program.weights.packs if program.weights else 0,
-                program.weights.bytes() if program.weights else 0,
+                sum(cache.packs for cache in program.caches),
+                program.memory(),
                 program.artifact.state.bytes,
+                program.precise_calls_by(owned),
+                {name: reason for cache in program.caches for name, reason in cache.unreleased().items()},
             )
         )
     return Stats(tuple(found))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ditc.kernels.errors import WeightError
-from ditc.runtime.artifact import Artifact, Manifest, StateEntry, StateSpec
+from ditc.runtime.artifact import Artifact, Manifest, Piece, StateEntry, StateSpec
 from ditc.runtime.program import Program
 from ditc.runtime.session import branch, end_generation, session
 
@@ -114,7 +114,7 @@ def test_segments_run_in_order_and_inputs_are_picked() -> None:
         (lambda x, packed: (x * packed,), lambda y: (y + 1,)),
         StateSpec(),
         MANIFEST,
-        prepare=lambda w: (w * 10,),
+        prepare=(Piece(lambda w: (w * 10,), (0,), (0,), "times ten"),),
         prepare_inputs=(1,),
         kept_inputs=(0,),
         data_inputs=(0,),
@@ -128,9 +128,8 @@ def test_a_weight_that_is_not_finite_is_named() -> None:
         (lambda x, scale: (x * scale,),),
         StateSpec(),
         MANIFEST,
-        prepare=lambda w: (w.amax(),),
+        prepare=(Piece(lambda w: (w.amax(),), (0,), (0,), "amax", ((0, "blocks.3.up.weight"),)),),
         prepare_inputs=(1,),
-        quantized=((0, "blocks.3.up.weight"),),
         kept_inputs=(0,),
         data_inputs=(0,),
     )

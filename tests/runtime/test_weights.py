@@ -6,12 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from ditc.runtime import weights as runtime_weights
+from ditc.runtime import sums
+from ditc.runtime.artifact import Piece
 from ditc.runtime.weights import WeightCache
 
 
-def cache(watch: bool = True) -> WeightCache:
-    return WeightCache(lambda *weights: [torch.cat([w.reshape(-1).float() for w in weights])], watch)
+def cache(watch: bool = True, count: int = 2) -> WeightCache:
+    def run(*weights: torch.Tensor) -> list[torch.Tensor]:
+        return [torch.cat([w.reshape(-1).float() for w in weights])]
+
+    return WeightCache([Piece(run, tuple(range(count)), (0,), "cat")], watch)
 
 
 def linears() -> list[nn.Parameter]:
@@ -66,8 +70,8 @@ def test_one_element_through_data_is_noticed_by_the_checksum() -> None:
 
 def test_checksums_take_a_bounded_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     counted: list[int] = []
-    real = runtime_weights._checksum
-    monkeypatch.setattr(runtime_weights, "_checksum", lambda bits: counted.append(1) or real(bits))
+    real = sums.checksum
+    monkeypatch.setattr(sums, "checksum", lambda bits: counted.append(1) or real(bits))
     weights, packed = linears(), cache()
     packed.get(weights, thorough=True)
     entry = next(iter(packed._entries.values()))
@@ -96,7 +100,7 @@ def test_several_sets_of_weights_live_side_by_side() -> None:
         assert torch.equal(packed.get(a, False)[0], expected(a))
         assert torch.equal(packed.get(b, False)[0], expected(b))
     assert packed.packs == 2
-    assert packed.bytes() == 2 * (33 * 17 + 5) * 4
+    assert packed.memory().packed == 2 * (33 * 17 + 5) * 4
     del b
     packed.get(linears(), False)
     assert len(packed._entries) == 2
@@ -128,14 +132,14 @@ def test_inference_tensors_and_views_are_followed() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.bool])
 def test_any_dtype(dtype: torch.dtype) -> None:
     weight = torch.ones(4, 4).to(dtype)
-    packed = cache()
+    packed = cache(count=1)
     packed.get([weight], True)
     weight.data[1, 1] = 0
     assert packed.get([weight], True)[0][5] == 0
 
 
 def test_empty_weight() -> None:
-    packed = cache()
+    packed = cache(count=1)
     weight = torch.empty(0, 4)
     assert packed.get([weight], True)[0].numel() == 0
     assert packed.get([weight], True)[0].numel() == 0
