@@ -19,7 +19,7 @@ from ditc.kernels.formats.int8 import quantize_int8
 from ditc.kernels.linear import vnni
 from ditc.kernels.linear.lowering import int8_linear, int8_weight_linear
 
-from .harness import Call, Candidate, measure, ratios
+from .harness import Call, Candidate, Clock, measure, ratios
 
 PEER, OWN, OWN_PRODUCT = "inductor", "vnni", "vnni, norm beside it"
 _LAYERS = 4
@@ -163,14 +163,14 @@ def row(M: int, K: int, N: int) -> tuple[Tensor, dict[str, list[Layer]]]:
     }
 
 
-def compare(name: str, build: Any, M: int, K: int, N: int, rounds: int) -> None:
+def compare(name: str, build: Any, M: int, K: int, N: int, rounds: int, clock: Clock) -> None:
     """Prints the milliseconds of a layer and how many times as fast as inductor each candidate is."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     x, ways = build(M, K, N)
     reference = ways[PEER][-1](x)
     field = [Candidate(way, over(layers, x, compiled=True), _BOUND) for way, layers in ways.items()]
-    results = measure(field, [reference], rounds=rounds)
+    results = measure(field, [reference], rounds=rounds, clock=clock)
     found = ratios(results, PEER)
     for result in results:
         if result.seconds is None:
@@ -187,6 +187,7 @@ def compare(name: str, build: Any, M: int, K: int, N: int, rounds: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: for a busy machine, one thread")
     parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024])
     parser.add_argument("--only", nargs="+", default=["product", "plain", "gated", "normed", "mlp", "row"])
     arguments = parser.parse_args()
@@ -197,16 +198,16 @@ def main() -> None:
     for M in arguments.tokens:
         for name, build in (("product", product), ("plain", plain)):
             for K, N in _SHAPES if name in arguments.only else ():
-                compare(name, build, M, K, N, arguments.rounds)
+                compare(name, build, M, K, N, arguments.rounds, arguments.clock)
         for name, build, K, N in (
             ("gated", gated, 1152, 1152),
             ("normed", normed, 1152, 3456),
             ("mlp", mlp, 1152, 4608),
         ):
             if name in arguments.only:
-                compare(name, build, M, K, N, arguments.rounds)
+                compare(name, build, M, K, N, arguments.rounds, arguments.clock)
     for M in (1, 2, 4) if "row" in arguments.only else ():
-        compare("row", row, M, 1152, 6912, arguments.rounds)
+        compare("row", row, M, 1152, 6912, arguments.rounds, arguments.clock)
 
 
 if __name__ == "__main__":

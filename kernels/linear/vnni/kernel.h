@@ -50,13 +50,16 @@ inline __m256i to_bf16(__m512 v) {
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
 }
 
-inline void store(void* at, Type type, int64_t i, __mmask16 mask, __m512 v) {
+template <bool FULL>
+void store(void* at, Type type, int64_t i, __mmask16 mask, __m512 v) {
   if (type == Type::F32) {
-    if (mask == 0xFFFF) return _mm512_storeu_ps(static_cast<float*>(at) + i, v);
+    if (FULL) return _mm512_storeu_ps(static_cast<float*>(at) + i, v);
     return _mm512_mask_storeu_ps(static_cast<float*>(at) + i, mask, v);
   }
   const __m256i half = type == Type::F16 ? _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT) : to_bf16(v);
-  _mm256_mask_storeu_epi16(static_cast<uint16_t*>(at) + i, mask, half);
+  uint16_t* to = static_cast<uint16_t*>(at) + i;
+  if (FULL) return _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), half);
+  _mm256_mask_storeu_epi16(to, mask, half);
 }
 
 // A factor or summand that belongs to groups of `rows` rows: row m has it at data + (m / rows) * stride.
@@ -132,11 +135,13 @@ inline __m512 silu(__m512 x) {
   return _mm512_div_ps(x, _mm512_add_ps(one, exp(_mm512_sub_ps(_mm512_setzero_ps(), x))));
 }
 
-inline __m512 activate(__m512 v, Activation activation) {
-  static const Curve gelu(erf_tail), gelu_tanh(tanh_tail);
-  switch (activation) {
-    case Activation::GELU: return gelu(v);
-    case Activation::GELU_TANH: return gelu_tanh(v);
+inline const Curve GELU_CURVE(erf_tail), GELU_TANH_CURVE(tanh_tail);
+
+template <Activation ACTIVATION>
+__m512 activate(__m512 v) {
+  switch (ACTIVATION) {
+    case Activation::GELU: return GELU_CURVE(v);
+    case Activation::GELU_TANH: return GELU_TANH_CURVE(v);
     case Activation::SILU: return silu(v);
     case Activation::RELU: return _mm512_max_ps(_mm512_setzero_ps(), v);  // the second operand wins where it is NaN
     case Activation::NONE: break;
@@ -306,40 +311,65 @@ inline void prefetch(const Epilogue& e, int rows, int64_t m, int64_t n, int64_t 
   }
 }
 
-// Sums of `rows` rows from row m and columns from n, to the output. Products and sums are rounded one by one, as in the reference.
-template <Activation ACTIVATION>
-void finish(const Epilogue& epilogue, const int32_t* sums, int rows, int64_t m, int64_t n, int64_t N, const float* scale,
-            const float* weight_scale) {
+// Sums of `rows` rows from row m and columns from n, to the output. Products and sums are rounded one by one, as in the
+// reference. FULL: all 32 columns are there, and no mask is needed.
+template <Activation ACTIVATION, Type OUT, bool FULL>
+void finish(const Epilogue& epilogue, const int32_t* sums, int rows, int64_t m, int64_t n, int64_t N,
+            const float* scale, const float* weight_scale) {
   const Epilogue e = epilogue;  // a copy that the stores below cannot change
-  for (int j = 0; j < COLUMNS && n + j < N; j += 16) {
-    const __mmask16 mask = first(N - n - j);
-    const __m512 column = _mm512_loadu_ps(weight_scale + j);
-    const __m512 bias = e.bias == nullptr ? _mm512_setzero_ps() : load(e.bias, Type::F32, n + j, mask);
-    for (int i = 0; i < rows; ++i) {
-      const __m512 factor = _mm512_mul_ps(_mm512_set1_ps(scale[i]), column);
-      __m512 v = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_loadu_si512(sums + i * COLUMNS + j)), factor);
-      if (e.bias != nullptr) v = _mm512_add_ps(v, bias);
-      v = activate(v, ACTIVATION);
-      if (e.gate.data != nullptr) v = _mm512_mul_ps(v, load(e.gate.row(m + i), Type::F32, n + j, mask));
-      if (e.residual != nullptr) {
-        const char* row = static_cast<const char*>(e.residual) + (m + i) * e.residual_stride * size_of(e.residual_type);
-        v = _mm512_add_ps(v, load(row, e.residual_type, n + j, mask));
-      }
-      store(static_cast<char*>(e.out) + (m + i) * N * size_of(e.out_type), e.out_type, n + j, mask, v);
+  const __mmask16 mask[2] = {FULL ? __mmask16(0xFFFF) : first(N - n), FULL ? __mmask16(0xFFFF) : first(N - n - 16)};
+  const __m512 column[2] = {_mm512_loadu_ps(weight_scale), _mm512_loadu_ps(weight_scale + 16)};
+  __m512 bias[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+  if (e.bias != nullptr)
+    for (int j : {0, 1}) bias[j] = load(e.bias, Type::F32, n + 16 * j, mask[j]);
+  char* out = static_cast<char*>(e.out) + m * N * size_of(OUT);
+  const char* residual = static_cast<const char*>(e.residual);
+  if (residual != nullptr) residual += m * e.residual_stride * size_of(e.residual_type);
+  const float* gate = e.gate.row(m);
+  int64_t left = e.gate.rows - m % e.gate.rows;  // rows that share this gate
+  for (int i = 0; i < rows; ++i) {
+    const __m512 own = _mm512_set1_ps(scale[i]);
+    const auto half = [&](int j) {
+      const __m512i sum = _mm512_loadu_si512(sums + i * COLUMNS + 16 * j);
+      __m512 v = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(own, column[j]));
+      v = activate<ACTIVATION>(_mm512_add_ps(v, bias[j]));
+      if (gate != nullptr) v = _mm512_mul_ps(v, load(gate, Type::F32, n + 16 * j, mask[j]));
+      if (residual != nullptr) v = _mm512_add_ps(v, load(residual, e.residual_type, n + 16 * j, mask[j]));
+      store<FULL>(out, OUT, n + 16 * j, mask[j], v);
+    };
+    half(0);
+    half(1);
+    out += N * size_of(OUT);
+    if (residual != nullptr) residual += e.residual_stride * size_of(e.residual_type);
+    if (gate != nullptr && --left == 0) {
+      gate += e.gate.stride;
+      left = e.gate.rows;
     }
   }
 }
 
 using Finish = void (*)(const Epilogue&, const int32_t*, int, int64_t, int64_t, int64_t, const float*, const float*);
-inline Finish finish_for(Activation activation) {
-  switch (activation) {
-    case Activation::GELU: return finish<Activation::GELU>;
-    case Activation::GELU_TANH: return finish<Activation::GELU_TANH>;
-    case Activation::SILU: return finish<Activation::SILU>;
-    case Activation::RELU: return finish<Activation::RELU>;
+
+template <bool FULL, Activation ACTIVATION>
+Finish finish_into(Type out) {
+  switch (out) {
+    case Type::BF16: return finish<ACTIVATION, Type::BF16, FULL>;
+    case Type::F16: return finish<ACTIVATION, Type::F16, FULL>;
+    case Type::F32: break;
+  }
+  return finish<ACTIVATION, Type::F32, FULL>;
+}
+
+template <bool FULL>
+Finish finish_for(const Epilogue& e) {
+  switch (e.activation) {
+    case Activation::GELU: return finish_into<FULL, Activation::GELU>(e.out_type);
+    case Activation::GELU_TANH: return finish_into<FULL, Activation::GELU_TANH>(e.out_type);
+    case Activation::SILU: return finish_into<FULL, Activation::SILU>(e.out_type);
+    case Activation::RELU: return finish_into<FULL, Activation::RELU>(e.out_type);
     case Activation::NONE: break;
   }
-  return finish<Activation::NONE>;
+  return finish_into<FULL, Activation::NONE>(e.out_type);
 }
 
 // ---- packing and the product of few rows -------------------------------------------------------------------------
@@ -361,22 +391,34 @@ inline void pack_panel(const int8_t* weight, const float* scale, int64_t N, int6
   }
 }
 
-// ROWS dot products of float rows x [ROWS, K] with one int8 row.
+// Dot products of the float rows x [rows, K] with one int8 row: 64 bytes, a line of the weight, at a time.
+template <size_t... I>
+void dot_rows(const float* x, int64_t K, const int8_t* weight, float* y, std::index_sequence<I...>) {
+  __m512 c0[] = {((void)I, _mm512_setzero_ps())...}, c1[] = {((void)I, _mm512_setzero_ps())...};
+  const auto widen = [](__m128i bytes) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)); };
+  int64_t k = 0;
+  for (; k + 64 <= K; k += 64) {
+    _mm_prefetch(reinterpret_cast<const char*>(weight + k + 2048), _MM_HINT_T0);
+    const auto half = [&](int64_t at) {
+      const __m512 w0 = widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(weight + at)));
+      const __m512 w1 = widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(weight + at + 16)));
+      ((c0[I] = _mm512_fmadd_ps(w0, _mm512_loadu_ps(x + I * K + at), c0[I])), ...);
+      ((c1[I] = _mm512_fmadd_ps(w1, _mm512_loadu_ps(x + I * K + at + 16), c1[I])), ...);
+    };
+    half(k);
+    half(k + 32);
+  }
+  for (; k < K; k += 16) {
+    const __mmask16 mask = first(K - k);
+    const __m512 w = widen(_mm_maskz_loadu_epi8(mask, weight + k));
+    ((c0[I] = _mm512_fmadd_ps(w, load(x + I * K, Type::F32, k, mask), c0[I])), ...);
+  }
+  ((y[I] = _mm512_reduce_add_ps(_mm512_add_ps(c0[I], c1[I]))), ...);
+}
+
 template <int ROWS>
 void dot(const float* x, int64_t K, const int8_t* weight, float* y) {
-  __m512 c[ROWS][2];
-  for (int i = 0; i < ROWS; ++i) c[i][0] = c[i][1] = _mm512_setzero_ps();
-  for (int64_t k = 0; k < K; k += 32) {
-    _mm_prefetch(reinterpret_cast<const char*>(weight + k + 2048), _MM_HINT_T0);
-    for (int j = 0; j < 2; ++j) {
-      const __mmask16 mask = first(K - k - 16 * j);
-      const __m128i bytes = _mm_maskz_loadu_epi8(mask, weight + k + 16 * j);
-      const __m512 w = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
-      for (int i = 0; i < ROWS; ++i)
-        c[i][j] = _mm512_fmadd_ps(w, load(x + i * K, Type::F32, k + 16 * j, mask), c[i][j]);
-    }
-  }
-  for (int i = 0; i < ROWS; ++i) y[i] = _mm512_reduce_add_ps(_mm512_add_ps(c[i][0], c[i][1]));
+  dot_rows(x, K, weight, y, std::make_index_sequence<ROWS>());
 }
 
 }  // namespace ditc

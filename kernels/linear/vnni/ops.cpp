@@ -170,7 +170,7 @@ void product(const Rows& rows, const Tensor& weight, int64_t N, const Epilogue& 
   const int8_t* packed = weight.const_data_ptr<int8_t>();
   const uint8_t* codes = rows.codes.const_data_ptr<uint8_t>();
   const float* scale = rows.scale.const_data_ptr<float>();
-  const Finish finish = finish_for(epilogue.activation);
+  const Finish finish = finish_for<true>(epilogue), finish_last = finish_for<false>(epilogue);
   std::atomic<int64_t> next{0};
   const auto work = [&](int64_t, int64_t) {
     alignas(64) int32_t sums[TILE * COLUMNS];
@@ -192,7 +192,7 @@ void product(const Rows& rows, const Tensor& weight, int64_t N, const Epilogue& 
             _mm_prefetch(reinterpret_cast<const char*>(ahead + b), _MM_HINT_T1);
         prefetch(epilogue, count, m, p * COLUMNS, N);
         MULTIPLY[count](codes + m * padded(K), panel, start, padded(K) / STEP, sums);
-        finish(epilogue, sums, count, m, p * COLUMNS, N, scale + m, weight_scale);
+        ((p + 1) * COLUMNS <= N ? finish : finish_last)(epilogue, sums, count, m, p * COLUMNS, N, scale + m, weight_scale);
       }
     }
   };
@@ -212,7 +212,7 @@ std::vector<int64_t> with_last(const Tensor& x, int64_t last) {
   return shape;
 }
 
-void finish_into(Epilogue& e, Operands& operands, const Tensor& x, int64_t N, Maybe bias, std::string_view activation,
+void set_epilogue(Epilogue& e, Operands& operands, const Tensor& x, int64_t N, Maybe bias, std::string_view activation,
                  Maybe gate, Maybe residual) {
   e.bias = operands.vector(bias, N, "bias");
   e.activation = activation_of(activation);
@@ -231,7 +231,7 @@ Tensor multiplied(const Rows& rows, const Tensor& x, const Tensor& weight, int64
   check_weight(weight, N, rows.K);
   Operands operands;
   Epilogue epilogue;
-  finish_into(epilogue, operands, x, N, bias, activation, gate, residual);
+  set_epilogue(epilogue, operands, x, N, bias, activation, gate, residual);
   Tensor out = at::empty(with_last(x, N), out_dtype);
   epilogue.out = out.mutable_data_ptr();
   epilogue.out_type = type_of(out_dtype);
