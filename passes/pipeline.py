@@ -30,6 +30,7 @@ from .plan import Plan
 from .quantize.linears import QuantizeLinears
 from .quantize.modelopt import LowerModelopt
 from .quantize.neighbours import FuseNeighbours
+from .quantize.vnni import UseVnni
 from .rewrite import device_of, submodules
 from .structure import Structure, analyse
 from .verify import Before, graph_text, output_types, propagate, verify
@@ -42,6 +43,7 @@ def passes_for(plan: Plan) -> tuple[Pass, ...]:
         *([FuseLinears()] if plan.fuse else []),
         *([QuantizeLinears.for_plan(plan)] if plan.quantizes else []),
         FuseNeighbours(),
+        UseVnni(),
         HoistWeights(),
     )
 

@@ -89,6 +89,12 @@ def dit_inputs() -> Callable[..., tuple[Tensor, Tensor]]:
     return make
 
 
+@pytest.fixture
+def portable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rewrites as on a CPU without special instructions, so that graphs are the same on every machine."""
+    monkeypatch.setattr("ditc.passes.quantize.vnni.vnni_reason", lambda: "not in this test")
+
+
 @pytest.fixture(autouse=True)
 def _fresh_dynamo() -> Iterator[None]:
     """Each test compiles anew: what one test compiled must not serve, or limit, another."""

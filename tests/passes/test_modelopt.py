@@ -16,6 +16,7 @@ from ditc.passes.plan import Plan
 
 mtq = pytest.importorskip("modelopt.torch.quantization")
 ops = torch.ops.ditc
+pytestmark = pytest.mark.usefixtures("portable")
 
 
 def quantized(make_dit: Any, inputs: tuple[Tensor, ...], configuration: Any) -> torch.nn.Module:

@@ -133,8 +133,8 @@ def test_dump_writes_what_changed(capture: Capture, tmp_path: Path, monkeypatch:
         "03.quantize.after.txt",
         "04.fuse-neighbours.after.py",
         "04.fuse-neighbours.after.txt",
-        "05.hoist.after.py",
-        "05.hoist.after.txt",
+        "06.hoist.after.py",
+        "06.hoist.after.txt",
     ]
     assert "quantized_linear" not in (tmp_path / "02.fuse.after.txt").read_text()
     assert "quantized_linear" in (tmp_path / "03.quantize.after.txt").read_text()

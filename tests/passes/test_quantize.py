@@ -21,6 +21,7 @@ from ditc.passes.plan import Plan
 from ditc.passes.quantize.calibration import Calibration, LinearRecord, fingerprint_of
 
 aten, ops = torch.ops.aten, torch.ops.ditc
+pytestmark = pytest.mark.usefixtures("portable")
 TOLERANCE = {"int8": 0.02, "fp8": 0.08, "mxfp8": 0.08, "nvfp4": 0.25, "mxfp4": 0.35}
 """Relative error of two blocks of random weights; a wrong scale or layout is off by more than half."""
 

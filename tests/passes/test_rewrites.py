@@ -18,6 +18,7 @@ from ditc.passes.plan import Plan
 from ditc.passes.verify import graph_text
 
 aten, ops = torch.ops.aten, torch.ops.ditc
+pytestmark = pytest.mark.usefixtures("portable")
 
 
 def rewritten(model: nn.Module, inputs: tuple[Any, ...], **options: Any) -> Rewritten:
