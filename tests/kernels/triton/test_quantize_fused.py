@@ -34,7 +34,7 @@ pytestmark = [pytest.mark.interpreter, pytest.mark.filterwarnings("ignore::Runti
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 SLACK = 3e-6
 """Of a row's largest magnitude: what float32 arithmetic may add before the quantiser."""
-MODULATION = ("none", "[B,1,K]", "[B,N,K]", "[K]", "chunk")
+MODULATION = ("none", "[B,1,K]", "[B,N,K]", "[K]", "chunk", "tokens")
 
 
 def codes(format: str, q: torch.Tensor) -> torch.Tensor:
@@ -97,7 +97,9 @@ def modulation(kind: str, B: int, N: int, K: int, dtype: torch.dtype, offset: fl
         case "[B,1,K]":
             values = torch.randn(B, 1, K)
         case "chunk":  # one of six that a linear layer makes at once
-            values = torch.randn(B, 6 * K)[:, 2 * K : 3 * K].unsqueeze(1)
+            return (torch.randn(B, 6 * K) * 0.3 + offset).to(dtype)[:, 2 * K : 3 * K].unsqueeze(1)
+        case "tokens":  # some of more tokens
+            return (torch.randn(B, N + 2, K) * 0.3 + offset).to(dtype)[:, 1:-1]
         case _:
             values = torch.randn(B, N, K)
     return (values * 0.3 + offset).to(dtype)
