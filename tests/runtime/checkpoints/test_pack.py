@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -16,7 +17,6 @@ from torch import Tensor, nn
 
 from ditc.kernels.formats import FORMATS
 from ditc.runtime.checkpoints import CheckpointError, load_and_quantize, pack, parameters_on_meta
-from ditc.runtime.checkpoints.pack import CHUNK
 
 Net = Callable[..., nn.Module]
 
@@ -102,7 +102,8 @@ PEAK = textwrap.dedent("""
         return int(next(l for l in open("/proc/self/status") if l.startswith("VmRSS")).split()[1]) * 1024
 
     path, layers, width, format = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-    torch.ops.ditc.quantize_weight(torch.randn(64, 64), format)  # what loads once
+    torch.ops.ditc.quantize(torch.ops.ditc.dequantize(  # what is imported and compiled once
+        torch.ops.ditc.quantize_weight(torch.randn(64, 64), format), format, torch.float32), format)
     with parameters_on_meta():
         model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
     peak, done = [0], threading.Event()
@@ -139,8 +140,10 @@ def test_memory_peaks_at_the_packed_model_and_little_more(large: Path, format: s
     """160 MiB in full precision, which must never be there as a whole."""
     layer = WIDTH * WIDTH * 4
     arguments = [str(large), str(LAYERS), str(WIDTH), format]
-    run = subprocess.run([sys.executable, "-c", PEAK, *arguments], capture_output=True, text=True, check=False)
+    # what is freed goes back at once, so that the figure is what is held and not what malloc keeps for later
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    run = subprocess.run([sys.executable, "-c", PEAK, *arguments], capture_output=True, text=True, env=env, check=False)
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)
-    of_chunks = 16 * 4 * CHUNK  # intermediate results in float32
-    assert found["packed"] * 0.9 < found["peak"] < found["packed"] + 3 * layer + of_chunks < LAYERS * layer
+    # the layer as its file maps it and as a copy, and less than another for intermediate results
+    assert found["packed"] < found["peak"] < found["packed"] + 3 * layer < LAYERS * layer
