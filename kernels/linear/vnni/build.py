@@ -38,7 +38,7 @@ def vnni_reason() -> str | None:
         if reason is not None:
             return reason
     try:
-        torch.ops.load_library(library)
+        torch.ops.load_library(library)  # type: ignore[no-untyped-call]
     except OSError as error:
         return f"the compiled library does not load: {error}"
     return None

@@ -58,7 +58,8 @@ def pack(weight_q: Tensor, weight_scale: Tensor) -> Tensor:
         int8 ``[ceil(N / 32), ceil(K / 16) * 16 * 32 + 256]``: panels of 32 columns with ``k`` in groups of four, each
         followed by its columns' compensations and scales. Only these ops read it.
     """
-    return torch.ops.ditc.vnni_pack(weight_q, weight_scale)
+    packed: Tensor = torch.ops.ditc.vnni_pack(weight_q, weight_scale)
+    return packed
 
 
 def linear(
@@ -88,7 +89,8 @@ def linear(
     Returns:
         ``[..., N]``, contiguous.
     """
-    return torch.ops.ditc.vnni_linear(x, scale, weight, N, bias, activation, gate, residual, out_dtype)
+    y: Tensor = torch.ops.ditc.vnni_linear(x, scale, weight, N, bias, activation, gate, residual, out_dtype)
+    return y
 
 
 def norm_linear(
@@ -117,7 +119,8 @@ def norm_linear(
         weight, N, bias, activation, gate, residual, out_dtype: as in :func:`linear`.
     """
     front = (x, norm, eps, norm_weight, norm_bias, multiplier, shift)
-    return torch.ops.ditc.vnni_norm_linear(*front, weight, N, bias, activation, gate, residual, out_dtype)
+    y: Tensor = torch.ops.ditc.vnni_norm_linear(*front, weight, N, bias, activation, gate, residual, out_dtype)
+    return y
 
 
 def linear_quantize(
@@ -129,7 +132,8 @@ def linear_quantize(
     activation: str = "none",
 ) -> tuple[Tensor, Tensor]:
     """:func:`linear` in float32, its rows quantised: int8 ``[..., N]`` and float32 scales ``[..., 1]``."""
-    return torch.ops.ditc.vnni_linear_quantize(x, scale, weight, N, bias, activation)
+    q, own_scale = torch.ops.ditc.vnni_linear_quantize(x, scale, weight, N, bias, activation)
+    return q, own_scale
 
 
 def weight_linear(x: Tensor, weight_q: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -137,28 +141,29 @@ def weight_linear(x: Tensor, weight_q: Tensor, weight_scale: Tensor, bias: Tenso
 
     ``x`` is a float ``[..., K]``; summed in float32, returned in the type of ``x``.
     """
-    return torch.ops.ditc.vnni_weight_linear(x, weight_q, weight_scale, bias)
+    y: Tensor = torch.ops.ditc.vnni_weight_linear(x, weight_q, weight_scale, bias)
+    return y
 
 
 def _out(x: Tensor, N: int, weight: Tensor, activation: str, out_dtype: torch.dtype) -> Tensor:
     K = x.shape[-1]
-    torch._check(activation in _ACTIVATIONS, lambda: f"activation is one of {_ACTIVATIONS}, got {activation!r}")
-    torch._check(out_dtype in _FLOATS, lambda: f"out_dtype is one of {_FLOATS}, got {out_dtype}")
-    panels, bytes = (N + COLUMNS - 1) // COLUMNS, (K + _STEP - 1) // _STEP * _STEP * COLUMNS + _TRAILER
-    torch._check(
-        weight.dim() == 2 and weight.shape[0] == panels and weight.shape[1] == bytes,
-        lambda: f"weight is not packed for [{N}, {K}]: it has shape {tuple(weight.shape)}",
-    )
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"activation is one of {', '.join(_ACTIVATIONS)}; got {activation!r}")
+    if out_dtype not in _FLOATS:
+        raise TypeError(f"out_dtype is one of {_FLOATS}, got {out_dtype}")
+    panels, width = (N + COLUMNS - 1) // COLUMNS, (K + _STEP - 1) // _STEP * _STEP * COLUMNS + _TRAILER
+    if weight.dim() != 2 or weight.shape[0] != panels or weight.shape[1] != width:
+        raise ValueError(f"weight is not packed for [{N}, {K}]: it has shape {tuple(weight.shape)}")
     return x.new_empty((*x.shape[:-1], N), dtype=out_dtype)
 
 
-@register_fake("ditc::vnni_pack")
+@register_fake("ditc::vnni_pack")  # type: ignore[untyped-decorator]
 def _(weight_q: Tensor, weight_scale: Tensor) -> Tensor:
     N, K = weight_q.shape
     return weight_q.new_empty(((N + COLUMNS - 1) // COLUMNS, (K + _STEP - 1) // _STEP * _STEP * COLUMNS + _TRAILER))
 
 
-@register_fake("ditc::vnni_linear")
+@register_fake("ditc::vnni_linear")  # type: ignore[untyped-decorator]
 def _(
     x: Tensor,
     scale: Tensor | None,
@@ -173,7 +178,7 @@ def _(
     return _out(x, N, weight, activation, out_dtype)
 
 
-@register_fake("ditc::vnni_norm_linear")
+@register_fake("ditc::vnni_norm_linear")  # type: ignore[untyped-decorator]
 def _(
     x: Tensor,
     norm: str,
@@ -193,7 +198,7 @@ def _(
     return _out(x, N, weight, activation, out_dtype)
 
 
-@register_fake("ditc::vnni_linear_quantize")
+@register_fake("ditc::vnni_linear_quantize")  # type: ignore[untyped-decorator]
 def _(
     x: Tensor, scale: Tensor | None, weight: Tensor, N: int, bias: Tensor | None = None, activation: str = "none"
 ) -> tuple[Tensor, Tensor]:
@@ -201,6 +206,6 @@ def _(
     return torch.empty_like(y, dtype=torch.int8), y.new_empty((*x.shape[:-1], 1))
 
 
-@register_fake("ditc::vnni_weight_linear")
+@register_fake("ditc::vnni_weight_linear")  # type: ignore[untyped-decorator]
 def _(x: Tensor, weight_q: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight_q.shape[0]))

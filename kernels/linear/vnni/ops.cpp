@@ -181,15 +181,9 @@ void product(const Rows& rows, const Tensor& weight, int64_t N, const Epilogue& 
       const int32_t* start = reinterpret_cast<const int32_t*>(trailer);
       const float* weight_scale = reinterpret_cast<const float*>(trailer) + COLUMNS;
       const int64_t from = part * rows.tiles.count / parts, to = (part + 1) * rows.tiles.count / parts;
-      // weights come from memory: the panel after next (this core's next, if both work alike) is fetched meanwhile
-      const int8_t* ahead = p + threads < panels && part == 0 ? panel + threads * bytes : nullptr;
-      const int64_t share = (bytes / std::max<int64_t>(to - from, 1) + 63) / 64 * 64;
       for (int64_t t = from; t < to; ++t) {
         const int64_t m = rows.tiles.begin(t);
         const int count = rows.tiles.rows(t);
-        if (ahead != nullptr)
-          for (int64_t b = (t - from) * share; b < std::min((t - from + 1) * share, bytes); b += 64)
-            _mm_prefetch(reinterpret_cast<const char*>(ahead + b), _MM_HINT_T1);
         prefetch(epilogue, count, m, p * COLUMNS, N);
         MULTIPLY[count](codes + m * padded(K), panel, start, padded(K) / STEP, sums);
         ((p + 1) * COLUMNS <= N ? finish : finish_last)(epilogue, sums, count, m, p * COLUMNS, N, scale + m, weight_scale);
