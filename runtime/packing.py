@@ -20,6 +20,7 @@ from ditc.kernels.errors import WeightError
 from . import sums
 from .artifact import Piece
 from .meter import Meter, bytes_of
+from .owners import prepare_owners
 from .release import Look, reason_to_keep, refuse_released, release, released
 
 Key = tuple[str, tuple[int, ...]]
@@ -101,7 +102,11 @@ class Packer:
             WeightError: a weight that is to be quantised holds NaN or infinity, or was released before.
         """
         with _lock, torch.no_grad():
-            return _Run(self, weights).finish(old)
+            run = _Run(self, weights)
+            try:
+                return run.finish(old)
+            finally:
+                prepare_owners(run.released)
 
 
 class _Run:
@@ -113,6 +118,7 @@ class _Run:
         self._readers = Counter(i for piece in packer._pieces for i in piece.inputs)
         self._made_of: dict[int, list[tuple[Key, PackedPiece, list[torch.Tensor]]]] = {}
         self._kept: dict[str, str] = {}
+        self.released: list[torch.Tensor] = []
         self._meter = Meter(sum(bytes_of(w) for w in weights if released(w) is None))
 
     def finish(self, old: dict[Key, PackedPiece]) -> Packed:
@@ -182,6 +188,7 @@ class _Run:
                     self._kept[name] = reason
                     continue
                 self._meter.held -= release(weight, name, self._looks[i])
+                self.released.append(weight)
             for part in self._made_of[i]:
                 _hold(*part)
 

@@ -2,8 +2,9 @@
 
 The storage is emptied (as FSDP empties the parameters it does not need): the parameter keeps its identity, shape and
 strides, so Dynamo's guards hold and nothing recompiles. What else touches a released weight fails: torch refuses to
-write, pickle or save it, and ditc's programs refuse to read it. On builds of torch with CUDA every read is refused
-with a message of ours; on builds without, a few of eager torch's CPU kernels do not check and end the process.
+write or pickle it, and ditc's programs refuse to read it. On builds of torch with CUDA every read is refused with a
+message of ours; on builds without, calling the module is refused by torch, but a few of its CPU kernels (``clone``,
+``sum``; printing a weight, ``deepcopy``) do not check and end the process.
 """
 
 from __future__ import annotations
@@ -112,5 +113,5 @@ def refuse_released(tensors: Sequence[object], names: Sequence[str]) -> None:
 def _message(name: str) -> str:
     return (
         f"{name}: released by free_originals=True after packing, and something else needs the values: load them again "
-        "with load_state_dict(state, assign=True), all at once, or compile with free_originals=False"
+        "with load_state_dict, all at once, or compile with free_originals=False"
     )

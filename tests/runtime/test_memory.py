@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -181,18 +182,31 @@ def test_storage_of_a_file_is_not_released(tmp_path: Any) -> None:
     assert torch.equal(weight, torch.ones(4, 4))
 
 
-def test_loading_new_weights_packs_anew(make_dit: Any, dit_inputs: Any) -> None:
+@pytest.mark.parametrize("assign", [False, True])
+def test_loading_new_weights_packs_anew(make_dit: Any, dit_inputs: Any, assign: bool) -> None:
     model, other, inputs = make_dit(depth=1), make_dit(seed=1, depth=1), dit_inputs()
     state = {name: value.clone() for name, value in other.state_dict().items()}
     expected = reference(other, inputs)
     run = compiled(model, FREE)
     with torch.no_grad():
         run(*inputs)
-        model.load_state_dict(state, assign=True)
+        model.load_state_dict(state, assign=assign)
         del state
         with torch._dynamo.config.patch(error_on_recompile=True):
             assert torch.equal(run(*inputs), expected)
     assert is_empty(model.get_parameter("blocks.0.down.weight")), "the new ones are released too"
+
+
+def test_loading_what_does_not_fit_leaves_weights_released(make_dit: Any, dit_inputs: Any) -> None:
+    model, inputs = make_dit(depth=1), dit_inputs()
+    run = compiled(model, FREE)
+    state = {name: torch.ones(3, 3) for name, _ in model.named_parameters()}
+    with torch.no_grad():
+        expected = run(*inputs)
+        with pytest.raises(RuntimeError, match="size mismatch"):
+            model.load_state_dict(state)
+        assert is_empty(model.get_parameter("blocks.0.down.weight"))
+        assert torch.equal(run(*inputs), expected)
 
 
 def test_values_given_through_data_pack_anew(make_dit: Any, dit_inputs: Any) -> None:
@@ -219,7 +233,7 @@ def test_a_part_of_a_fused_layer_alone_is_refused_by_name(make_dit: Any, dit_inp
         run(*inputs)
         block = model.get_submodule("blocks.0")
         block.to_q.weight = nn.Parameter(torch.randn(24, 24))
-        with pytest.raises(WeightError, match=r"blocks\.0\.to_k\.weight.*free_originals.*assign=True"):
+        with pytest.raises(WeightError, match=r"blocks\.0\.to_k\.weight.*free_originals.*load_state_dict"):
             run(*inputs)
         for linear in (block.to_q, block.to_k, block.to_v):
             linear.load_state_dict({"weight": torch.randn(24, 24), "bias": torch.zeros(24)}, assign=True)
@@ -246,20 +260,22 @@ def test_compiling_again_finds_what_was_packed(make_dit: Any, dit_inputs: Any) -
         assert torch.equal(compiled(model, FREE)(*inputs), expected)
 
 
-@pytest.mark.parametrize("way", ["call", "load", "save", "fill", "to"])
+@pytest.mark.parametrize("way", ["call", "save", "pickle", "fill", "to"])
 def test_eager_use_of_a_released_module_fails(make_dit: Any, dit_inputs: Any, way: str) -> None:
     model, inputs = make_dit(depth=1), dit_inputs()
-    state = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.no_grad():
         expected = compiled(model, FREE)(*inputs)
         ways: dict[str, Callable[[], object]] = {
             "call": lambda: model(*inputs),
-            "load": lambda: model.load_state_dict(state),
             "save": lambda: torch.save(model.state_dict(), io.BytesIO()),
+            "pickle": lambda: torch.save(model, io.BytesIO()),
             "fill": lambda: model.get_parameter("blocks.0.up.weight").fill_(1.0),
             "to": lambda: model.to(torch.bfloat16),
         }
-        with pytest.raises(RuntimeError):
+        kind, message = (
+            (WeightError, "weight.*: released") if way == "save" else (RuntimeError, "data|storage|released")
+        )
+        with pytest.raises(kind, match=message):
             ways[way]()
         if way != "to":
             assert torch.equal(compiled(model, FREE)(*inputs), expected), "what is packed is unharmed"
@@ -343,3 +359,49 @@ def test_what_aliases_a_weight_keeps_it() -> None:
     cache = WeightCache([piece(0, key="alias", run=lambda w: w.t())], True, [0], ["w"])
     assert torch.equal(cache.get([weight], True)[0], torch.ones(2, 2))
     assert cache.unreleased() == {"w": "another tensor shares its storage"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"quantize": "fp8"},
+        {"quantize": "nvfp4", "lowrank": 4},
+        {"quantize": {"attention": "mxfp8", "mlp": "mxfp4", "*": "none"}, "activations": "none"},
+        {"quantize": "int8", "weights": "frozen", "fuse": False},
+    ],
+    ids=str,
+)
+def test_every_way_to_quantise_can_release(make_dit: Any, dit_inputs: Any, options: dict[str, Any]) -> None:
+    model = make_dit(depth=1, width=64)
+    options = {**options, "lower": "eager"}
+    inputs = [dit_inputs(size=size) for size in (8, 6)]
+    with torch.no_grad():
+        expected = [compiled(model, options)(*x) for x in inputs]
+        torch._dynamo.reset()
+        gc.collect()
+        run = compiled(model, {**options, "free_originals": True})
+        for _ in range(2):
+            for x, want in zip(inputs, expected, strict=True):
+                torch.testing.assert_close(run(*x), want, rtol=1e-4, atol=1e-5)
+    for name in ("to_q", "to_out", "gate", "down"):
+        assert is_empty(model.get_parameter(f"blocks.0.{name}.weight")), name
+
+
+def test_threads_may_make_the_first_call_together(make_dit: Any, dit_inputs: Any) -> None:
+    model, inputs = make_dit(depth=1), dit_inputs()
+    expected = reference(model, inputs)
+    run = compiled(model, FREE)
+    results: list[Tensor] = []
+
+    def work() -> None:
+        with torch.no_grad():
+            results.extend(run(*inputs) for _ in range(3))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 12
+    assert all(torch.equal(result, expected) for result in results)
+    assert is_empty(model.get_parameter("blocks.0.down.weight"))

@@ -220,3 +220,17 @@ def test_sessions_know_their_steps() -> None:
         pass
     with session() as open_ended, session(open_ended, steps=7):
         assert open_ended.steps == 7
+
+
+@pytest.mark.slow
+def test_a_second_resolution_has_precise_steps_too(make_dit: Any, dit_inputs: Any) -> None:
+    model = make_dit(depth=1)
+    run = compiled(model, QUANTIZED, lower="inductor", precise_first=1, precise_last=1)
+    exact = compiled(model, PRECISE, lower="inductor")
+    with torch.no_grad():
+        for size in (8, 6, 10):
+            expected = [exact(*dit_inputs(size=size, time=time)) for time in TIMES]
+            with session(steps=5):
+                got = [run(*dit_inputs(size=size, time=time)) for time in TIMES]
+            same = [torch.equal(a, b) for a, b in zip(expected, got, strict=True)]
+            assert same == [True, False, False, False, True], size
