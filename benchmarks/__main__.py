@@ -8,6 +8,7 @@ from typing import Annotated
 import torch
 import typer
 
+from . import formats as format_suite
 from . import guard_overhead as guard
 from . import linear_cost as cost
 from . import step_latency as step
@@ -93,6 +94,18 @@ def linear_cost(
     """One linear in each format over a grid of shapes: the table by which the compiler chooses formats."""
     picked, kind = _setup(device, threads, clock)
     cost.run(picked, rounds=rounds, clock=kind, quick=quick, install=install_table, save=save)
+
+
+@app.command()
+def formats(
+    clips_per_digit: Annotated[int, typer.Option(min=1, help="clips of each digit, by each entrant")] = 2,
+    only: Annotated[list[str] | None, typer.Option(help="part of an entrant's name; may be repeated")] = None,
+    threads: Threads = None,
+    save: Save = True,
+) -> None:
+    """The demo's model in every format: quality, bytes and speed, beside torchao and modelopt."""
+    picked, _ = _setup(None, threads, None)
+    format_suite.run(picked, clips_per_digit=clips_per_digit, only=only or [], save=save)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What a compiler puts in the place of the linear ops: traceable ATen around ``aten._int_mm``.
 
 INT8 is decomposed, so that inductor fuses the scales and the bias into whatever reads the output; hidden in an op,
-they would not fuse. The other formats stay calls of an op.
+they would not fuse. The other formats stay calls.
 """
 
 from __future__ import annotations
@@ -16,13 +16,23 @@ from torch._ops import OpOverload
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..formats import format_of
-from .op import INT8_MAX_K, check_quantized_linear, check_weight_linear, epilogue
+from ..opaque import opaque
+from .op import (
+    INT8_MAX_K,
+    check_quantized_linear,
+    check_weight_linear,
+    epilogue,
+    quantized_linear,
+    weight_linear,
+)
 
 _CUDA_MIN_ROWS = 17
 # torch._int_mm on CPU trusts the stride of a single row, which may be anything; padding writes a fresh matrix
 _CPU_MIN_ROWS = 2
 _FEW_ROWS = 4
 _CUDA_MULTIPLE = 8
+
+_QUANTIZED_LINEAR, _WEIGHT_LINEAR = opaque(quantized_linear), opaque(weight_linear)
 
 
 def supported(device: torch.device | str, format: str, K: int, N: int) -> str | None:
@@ -61,7 +71,7 @@ def int8_linear(
     ``min_rows`` is the least number of rows that the device's integer GEMM takes; fewer are padded with zeros.
     """
     if format != "int8":
-        return NotImplemented
+        return _QUANTIZED_LINEAR(x, weight, bias, gate, residual, format, out_dtype)
     check_quantized_linear(x, weight, bias, gate, residual, format, out_dtype)
     (q, scale), (weight_q, weight_scale) = x, weight
     K, N = q.shape[-1], weight_q.shape[0]
@@ -90,7 +100,7 @@ def int8_weight_linear(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None,
     (3.7 times as fast as a float32 GEMM for one row, twice for four), beyond that a float GEMM.
     """
     if format != "int8":
-        return NotImplemented
+        return _WEIGHT_LINEAR(x, weight, bias, format)
     check_weight_linear(x, weight, bias, format)
     weight_q, weight_scale = weight
     K, N = weight_q.shape[1], weight_q.shape[0]

@@ -4,6 +4,7 @@
 ``torch.ops.ditc.{quantize, quantize_weight, norm_quantize, activation_quantize, dequantize}``.
 """
 
+from . import cuda as _cuda  # registers the CUDA implementations  # noqa: F401
 from .lowering import lowerings
 from .op import (
     ACTIVATIONS,
