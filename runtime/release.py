@@ -113,5 +113,6 @@ def refuse_released(tensors: Sequence[object], names: Sequence[str]) -> None:
 def _message(name: str) -> str:
     return (
         f"{name}: released by free_originals=True after packing, and something else needs the values: load them again "
-        "with load_state_dict, all at once, or compile with free_originals=False"
+        "with load_state_dict, all at once, or compile with free_originals=False; if this is a new resolution, "
+        "name the formats, because quantize='auto' decides for each size anew"
     )
