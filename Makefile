@@ -48,6 +48,7 @@ teacher: $(BIN)/.ready
 gpu:
 	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
 	$(PYTHON) -m pytest -m gpu tests
+	$(PYTHON) -m pytest tests/kernels/triton
 	$(PYTHON) -m benchmarks step-latency
 	$(PYTHON) -m benchmarks guard-overhead
 

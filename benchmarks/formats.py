@@ -55,7 +55,7 @@ def plans(calibration: Path) -> dict[str, dict[str, Any]]:
         found[f"ditc {format} static"] = {"quantize": format, **static}
     found["ditc nvfp4 weight-only"] = {"quantize": "nvfp4", "activations": "none"}
     found["ditc nvfp4 + rank 16"] = {"quantize": "nvfp4", "lowrank": 16, "calibration": str(calibration)}
-    found["ditc nvfp4, 2 + 2 steps precise"] = {"quantize": "nvfp4", "precise_first": 2, "precise_last": 2}
+    found["ditc nvfp4, first 4 steps precise"] = {"quantize": "nvfp4", "precise_first": 4}
     found["ditc auto"] = {"quantize": "auto", "calibration": str(calibration)}
     return found
 

@@ -5,6 +5,7 @@ Importing this package registers ``torch.ops.ditc.{quantized_linear, weight_line
 """
 
 from . import cpu as _cpu  # registers the CPU implementations  # noqa: F401
+from . import cuda as _cuda  # registers the CUDA implementations  # noqa: F401
 from .lowering import lowerings, supported
 from .lowrank import lowrank_split, lowrank_split_reference, smoothing_scale, smoothing_scale_reference
 from .op import (

@@ -1,8 +1,8 @@
 """ditc: a compiler for diffusion transformers.
 
 ``torch.compile(model, backend="ditc", options={"quantize": "int8"})`` needs no import of this package; what it offers
-beside that is here: :func:`compile`, :func:`explain`, :func:`stats`, :func:`calibrate`, :class:`Plan`,
-:func:`session`, :func:`branch`. Names are imported when they are first used, so that ``import ditc`` is cheap.
+beside that is here: :func:`compile`, :func:`explain`, :func:`stats`, :func:`calibrate`, :func:`load_quantized`,
+:func:`load_and_quantize`, :func:`save_modelopt`, :class:`Plan`, :func:`session`, :func:`branch`. Names are imported when they are first used, so that ``import ditc`` is cheap.
 """
 
 from importlib import import_module
@@ -13,8 +13,11 @@ if TYPE_CHECKING:
     from .api import Stats, compile, stats
     from .calibration import Calibration, CalibrationError, calibrate
     from .explanation import Explanation, explain
+    from .kernels.errors import CheckpointError, WeightError
+    from .loading import load_and_quantize
     from .passes.errors import CaptureError, DitcError, PassError, PlanError, VerifyError
     from .passes.plan import Plan
+    from .runtime.checkpoints import load_quantized, parameters_on_meta, save_modelopt
     from .runtime.session import Session, branch, session
 
 __version__ = _version("ditc")
@@ -28,6 +31,12 @@ _HOMES = {
     "calibrate": "calibration",
     "Explanation": "explanation",
     "explain": "explanation",
+    "load_and_quantize": "loading",
+    "CheckpointError": "kernels.errors",
+    "WeightError": "kernels.errors",
+    "load_quantized": "runtime.checkpoints",
+    "parameters_on_meta": "runtime.checkpoints",
+    "save_modelopt": "runtime.checkpoints",
     "CaptureError": "passes.errors",
     "DitcError": "passes.errors",
     "PassError": "passes.errors",
@@ -43,6 +52,7 @@ __all__ = [
     "Calibration",
     "CalibrationError",
     "CaptureError",
+    "CheckpointError",
     "DitcError",
     "Explanation",
     "PassError",
@@ -51,11 +61,16 @@ __all__ = [
     "Session",
     "Stats",
     "VerifyError",
+    "WeightError",
     "__version__",
     "branch",
     "calibrate",
     "compile",
     "explain",
+    "load_and_quantize",
+    "load_quantized",
+    "parameters_on_meta",
+    "save_modelopt",
     "session",
     "stats",
 ]
