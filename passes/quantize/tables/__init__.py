@@ -52,10 +52,11 @@ class Point(_Strict):
 
 
 class Source(_Strict):
-    """Where a table's numbers are from; ``text`` is what reports say."""
+    """Where a table's numbers are from; ``text`` is what reports say, ``assumptions`` what is not in a data sheet."""
 
     kind: Literal["measured", "published"]
     text: str
+    assumptions: str = ""
     hardware: str
     date: str
     versions: dict[str, str] = {}
