@@ -17,6 +17,7 @@ from .harness import Clock, timer
 
 CATEGORIES = (
     "integer GEMM",
+    "integer GEMM with all that surrounds it (VNNI)",
     "attention",
     "other linears (conditioning, embedding, head)",
     "norm, modulation, residual, with quantise and scale fused in",
@@ -26,7 +27,7 @@ CATEGORIES = (
     "other pointwise",
     "overhead (launches, Python, guards)",
 )
-_GEMM, _ATTENTION, _LINEAR, _NORM, _ACTIVATION, _SCALE, _QUANTISE, _POINTWISE, _OVERHEAD = CATEGORIES
+_GEMM, _VNNI, _ATTENTION, _LINEAR, _NORM, _ACTIVATION, _SCALE, _QUANTISE, _POINTWISE, _OVERHEAD = CATEGORIES
 
 # (M, K, N) beyond every cache, of the shapes that linears of transformers have
 _CEILING_SHAPES = ((1024, 1152, 4608), (1024, 4608, 1152), (2048, 2048, 2048), (4096, 4096, 4096))
@@ -68,6 +69,12 @@ def _products(device: torch.device, M: int, K: int, N: int) -> dict[str, Callabl
 def category(name: str) -> str | None:
     """The category of a profiled kernel or operator; ``None`` for what only calls others."""
     low = name.lower()
+    if "vnni_weight_linear" in low:
+        return _LINEAR
+    if "ditc::vnni" in low:
+        return _VNNI
+    if "ditc::attention" in low:
+        return _ATTENTION
     if "_int_mm" in low or "s8s8" in low or "i8816" in low or "imma" in low:
         return _GEMM
     if "scaled_dot_product" in low and "cpp_fused" not in low and "triton" not in low:
@@ -86,11 +93,13 @@ def category(name: str) -> str | None:
 def _fused(name: str) -> str:
     if "layer_norm" in name or "rms_norm" in name or "var_mean" in name:
         return _NORM
-    if "gelu" in name and ("int8" in name or "quantize" in name):
+    if "activation_quantize" in name:
         return _ACTIVATION
-    if "quantize_int8" in name and "int8_linear" not in name:
+    if "norm_quantize" in name:
+        return _NORM
+    if "quantize" in name and "quantized_linear" not in name:
         return _QUANTISE
-    if "int8_linear" in name:
+    if "quantized_linear" in name or "weight_linear" in name:
         return _SCALE
     return _POINTWISE
 

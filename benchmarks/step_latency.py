@@ -120,9 +120,9 @@ def _findings(entry: dict[str, Any]) -> list[str]:
         f"{entry['least_ms']:.1f} ms at the ceiling."
     )
     parts, step = entry["breakdown"]["parts_ms"], entry["breakdown"]["step_ms"]
-    gemm = parts.get("integer GEMM")
-    if gemm:
-        lines.append(f"The integer GEMMs take {gemm:.1f} ms, {entry['least_ms'] / gemm:.0%} of the ceiling.")
+    for name, ms in parts.items():
+        if name.startswith("integer GEMM"):
+            lines.append(f"Its {name} takes {ms:.1f} ms: {entry['least_ms'] / ms:.0%} of the ceiling.")
     lines += ["", f"Where a step of {step:.1f} ms goes (profiled, {entry['best_ditc']}):", ""]
     header: Row = ("part", "ms", "share")
     table = markdown(header, [(name, f"{ms:.2f}", f"{ms / step:.0%}") for name, ms in parts.items()])

@@ -11,6 +11,7 @@ from .lowrank import lowrank_split, lowrank_split_reference, smoothing_scale, sm
 from .op import (
     INT8_MAX_K,
     TOLERANCE,
+    broadcasts,
     quantized_linear,
     quantized_linear_reference,
     weight_linear,
@@ -20,6 +21,7 @@ from .op import (
 __all__ = [
     "INT8_MAX_K",
     "TOLERANCE",
+    "broadcasts",
     "lowerings",
     "lowrank_split",
     "lowrank_split_reference",

@@ -93,10 +93,15 @@ def check_quantized_linear(
     for value, name in ((gate, "gate"), (residual, "residual")):
         if value is not None:
             check_float(value, name)
-    if gate is not None and tuple(torch.broadcast_shapes(gate.shape, y_shape)) != y_shape:
+    if gate is not None and not broadcasts(gate, y_shape):
         raise ValueError(f"a gate of shape {tuple(gate.shape)} does not broadcast to {y_shape}")
     if residual is not None and tuple(residual.shape) != y_shape:
         raise ValueError(f"the residual has shape {tuple(residual.shape)}, expected {y_shape}")
+
+
+def broadcasts(value: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether ``value`` broadcasts to ``shape`` without widening it."""
+    return tuple(torch.broadcast_shapes(value.shape, shape)) == shape  # type: ignore[no-untyped-call]
 
 
 def check_parts(parts: Sequence[Tensor], format: str, name: str) -> tuple[int, ...]:

@@ -39,6 +39,9 @@ WEIGHT_ONLY = frozenset({Role.MODULATION})
 SMALLEST_WEIGHT = 2**18
 """Elements of a modulation's weight below which reading it is no cost: it stays in the caches."""
 
+NOMINAL_ROWS = 1024
+"""Rows by which ``auto`` decides where originals are released: what is packed once must serve every number of rows."""
+
 SMALLEST_GAIN = 1.1
 """A linear outside the token path is touched only for at least so much expected speed."""
 
@@ -127,8 +130,9 @@ class Judge:
 
     def _fastest(self, kept: Decision, dtype: torch.dtype) -> Decision:
         formats = [name for name in FORMATS if supported(self.device, name, kept.K, kept.N) is None]
+        rows = NOMINAL_ROWS if self.plan.free_originals else kept.M
         found = options(
-            kept.M, kept.N, kept.K, self.device, dtype, formats,
+            rows, kept.N, kept.K, self.device, dtype, formats,
             calibration=self.calibration, name=kept.weight, table=self.table,
         )  # fmt: skip
         if self.plan.activations == "none":
@@ -147,6 +151,8 @@ class Judge:
     def _vector(self, kept: Decision, wanted: str, impossible: str | None, dtype: torch.dtype) -> Decision:
         """A linear of the conditioning: its weight alone, in 8 bits, where few rows make that pay."""
         format = "fp8" if wanted in ("fp8", "mxfp8", "mxfp4", "nvfp4") else "int8"
+        if self.plan.free_originals:
+            return replace(kept, reason=f"{kept.role}: free_originals packs what serves every number of rows")
         impossible = impossible or supported(self.device, format, kept.K, kept.N)
         if impossible is not None:
             return replace(kept, reason=impossible)

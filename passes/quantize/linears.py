@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -145,7 +145,7 @@ class _Work:
         if key not in self.shared:
             # right behind its producer, so that it stands in front of every reader
             with self.graph.graph.inserting_after(x):
-                args: tuple[object, ...] = (x, decision.format)
+                args: tuple[Any, ...] = (x, decision.format)
                 made = new_call(self.graph, node, torch.ops.ditc.quantize.default, args)
             if static is not None:
                 with self.graph.graph.inserting_before(made):

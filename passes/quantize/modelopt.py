@@ -81,15 +81,15 @@ class _Quantizer:
 def _quantizer(node: Any) -> _Quantizer | None:
     if not isinstance(node, fx.Node) or node.op != "call_function":
         return None
-    name, args = str(node.target), list(node.args)
+    name, args = str(node.target), list[Any](node.args)
     if name == _QUANTIZE:
         source, amax, bits, exponent, unsigned, _narrow = args
         format = {(8, 0): "int8", (8, 4): "fp8"}.get((bits, exponent)) if not unsigned else None
-        return _Quantizer(node, source, amax, format)  # type: ignore[arg-type]
+        return _Quantizer(node, source, amax, format)
     if name in _BLOCKS:
         source, block, amax, *bits = args
         kinds = {(16, 4, 2, 8, 4): "nvfp4", (32, 4, 2, 8, 8): "mxfp4", (32, 8, 4, 8, 8): "mxfp8"}
-        return _Quantizer(node, source, amax, kinds.get((block, *bits)))  # type: ignore[arg-type]
+        return _Quantizer(node, source, amax, kinds.get((block, *bits)))
     return None
 
 

@@ -8,12 +8,14 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from ditc.kernels.linear import broadcasts
+
 from ..base import PassContext, PassReport
 from ..rewrite import aten, calls, new_call
 
 _ops = torch.ops.ditc
-_NORMS = {aten.layer_norm.default: "layer", aten.rms_norm.default: "rms"}
-_ACTIVATIONS = {aten.silu.default: "silu", aten.relu.default: "relu", aten.gelu.default: "gelu"}
+_NORMS: dict[Any, str] = {aten.layer_norm.default: "layer", aten.rms_norm.default: "rms"}
+_ACTIVATIONS: dict[Any, str] = {aten.silu.default: "silu", aten.relu.default: "relu", aten.gelu.default: "gelu"}
 
 
 @dataclass(frozen=True)
@@ -69,27 +71,8 @@ def _without_cast(node: fx.Node) -> fx.Node:
 
 
 def _broadcasts_to(value: fx.Node, like: fx.Node) -> bool:
-    """Whether a value broadcasts to the shape of another without widening it."""
-    shape = tuple(like.meta["val"].shape)
-    return (
-        value.meta["val"].is_floating_point() and tuple(torch.broadcast_shapes(value.meta["val"].shape, shape)) == shape
-    )
-
-
-def _split_off(node: fx.Node, target: Any) -> tuple[fx.Node, fx.Node] | None:
-    """For ``target(a, b)`` read once: the operand of the result's full shape, and the one that broadcasts to it.
-
-    Of two full operands the first is taken for the main one.
-    """
-    if not _alone(node, target):
-        return None
-    pair = _operands(node)
-    if pair is None:
-        return None
-    for main, other in (pair, pair[::-1]):
-        if tuple(main.meta["val"].shape) == tuple(node.meta["val"].shape) and _broadcasts_to(other, main):
-            return main, other
-    return None
+    """Whether a float value broadcasts to the shape of another without widening it."""
+    return value.meta["val"].is_floating_point() and broadcasts(value.meta["val"], tuple(like.meta["val"].shape))
 
 
 def _norm_below(node: fx.Node) -> tuple[fx.Node, fx.Node | None, fx.Node | None] | None:
@@ -157,7 +140,7 @@ def _fuse_activation(graph: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _activation(node: fx.Node) -> str | None:
-    name = _ACTIVATIONS.get(node.target)  # type: ignore[arg-type]
+    name = _ACTIVATIONS.get(node.target)
     if name is None or len(node.users) != 1:
         return None
     return "gelu_tanh" if node.kwargs.get("approximate", "none") == "tanh" or "tanh" in node.args[1:] else name

@@ -15,7 +15,6 @@ from ..base import PACK, PassContext, PassReport, Skip
 from ..rewrite import calls, new_call
 
 _ops = torch.ops.ditc
-_PRODUCERS = (_ops.quantize.default, _ops.norm_quantize.default)
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,8 @@ class UseVnni:
         for node in linears:
             _rewrite(graph, node)
         for node in vectors:
-            x, (weight_q, weight_scale), bias, _ = node.args  # type: ignore[misc]
-            _replace(graph, node, _ops.vnni_weight_linear.default, (x, weight_q, weight_scale, bias))
+            x, weight, bias, _ = node.args
+            _replace(graph, node, _ops.vnni_weight_linear.default, (x, *_parts(weight), bias))
         graph.graph.eliminate_dead_code()
         return PassReport(self.name, len(linears) + len(vectors))
 
@@ -68,13 +67,13 @@ def _is_vector(node: fx.Node) -> bool:
 
 def _rewrite(graph: fx.GraphModule, node: fx.Node) -> None:
     x, weight, bias, gate, residual, _, dtype = node.args
-    weight_q, weight_scale = weight  # type: ignore[misc]
+    weight_q, weight_scale = _parts(weight)
     N = weight_q.meta["val"].shape[0]
     with graph.graph.inserting_before(node):
         packed = new_call(graph, node, _ops.vnni_pack.default, (weight_q, weight_scale))
         # a weight that arrived quantised is packed too, once per set of weights
         packed.meta[PACK] = True
-    front = _front(x)  # type: ignore[arg-type]
+    front = _front(*_parts(x))
     target = _ops.vnni_linear.default if len(front) == 2 else _ops.vnni_norm_linear.default
     after = _activation_behind(node) if gate is None and residual is None else None
     activation = "none" if after is None else after.args[1]
@@ -83,16 +82,20 @@ def _rewrite(graph: fx.GraphModule, node: fx.Node) -> None:
         _replace(graph, after, _ops.quantize.default, (new, "int8"))
 
 
-def _front(parts: list[fx.Node]) -> tuple[Any, ...]:
+def _parts(value: Any) -> tuple[fx.Node, fx.Node]:
+    """Integers and scales of an INT8 tensor."""
+    q, scale = value
+    assert isinstance(q, fx.Node) and isinstance(scale, fx.Node)
+    return q, scale
+
+
+def _front(q: fx.Node, scale: fx.Node) -> tuple[Any, ...]:
     """The arguments in front of the weight: ``(q, scale)``, ``(x, None)``, or those of a norm."""
-    q, scale = parts
     producer = q.args[0] if q.target is operator.getitem else None
-    alone = (
-        isinstance(producer, fx.Node) and set(producer.users) == {q, scale} and len(q.users) == len(scale.users) == 1
-    )
-    if not alone or producer.target not in _PRODUCERS:  # type: ignore[union-attr]
+    if not isinstance(producer, fx.Node) or set(producer.users) != {q, scale}:
         return q, scale
-    assert isinstance(producer, fx.Node)
+    if len(q.users) != 1 or len(scale.users) != 1:
+        return q, scale
     if producer.target is _ops.quantize.default and len(producer.args) == 2:
         return producer.args[0], None
     if producer.target is _ops.norm_quantize.default and len(producer.args) == 8:

@@ -1,8 +1,9 @@
 """ditc: a compiler for diffusion transformers.
 
 ``torch.compile(model, backend="ditc", options={"quantize": "int8"})`` needs no import of this package; what it offers
-beside that is here: :func:`compile`, :func:`explain`, :func:`stats`, :func:`calibrate`, :func:`load_quantized`,
-:func:`load_and_quantize`, :func:`save_modelopt`, :class:`Plan`, :func:`session`, :func:`branch`. Names are imported when they are first used, so that ``import ditc`` is cheap.
+beside that is here: :func:`compile`, :func:`explain`, :func:`stats`, :func:`calibrate`, :func:`generate`,
+:func:`load_quantized`, :func:`load_and_quantize`, :func:`save_modelopt`, :class:`Plan`, :func:`session`,
+:func:`branch`. Names are imported when they are first used, so that ``import ditc`` is cheap.
 """
 
 from importlib import import_module
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from .passes.errors import CaptureError, DitcError, PassError, PlanError, VerifyError
     from .passes.plan import Plan
     from .runtime.checkpoints import load_quantized, parameters_on_meta, save_modelopt
+    from .runtime.generate import generate
     from .runtime.session import Session, branch, session
 
 __version__ = _version("ditc")
@@ -34,6 +36,7 @@ _HOMES = {
     "load_and_quantize": "loading",
     "CheckpointError": "kernels.errors",
     "WeightError": "kernels.errors",
+    "generate": "runtime.generate",
     "load_quantized": "runtime.checkpoints",
     "parameters_on_meta": "runtime.checkpoints",
     "save_modelopt": "runtime.checkpoints",
@@ -67,6 +70,7 @@ __all__ = [
     "calibrate",
     "compile",
     "explain",
+    "generate",
     "load_and_quantize",
     "load_quantized",
     "parameters_on_meta",

@@ -293,7 +293,7 @@ def test_threads_share_a_program(make_dit: Any, dit_inputs: Any) -> None:
     assert all(torch.equal(result, expected) for result in results)
 
 
-def test_stats_say_what_ran(make_dit: Any, dit_inputs: Any) -> None:
+def test_stats_say_what_ran(make_dit: Any, dit_inputs: Any, portable: None) -> None:
     model, inputs = make_dit(), dit_inputs()
     run = ditc.compile(model, ditc.Plan(quantize="int8", lower="eager"))
     assert ditc.stats(run).programs == ()

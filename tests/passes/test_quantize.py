@@ -147,6 +147,17 @@ def test_a_modulation_of_few_rows_is_read_in_eight_bits(batch: int) -> None:
     assert error(run(done, model, inputs), model(*inputs).detach()) < 0.02
 
 
+@pytest.mark.parametrize("quantize", ["auto", "int8"])
+def test_what_is_packed_for_good_serves_every_number_of_rows(quantize: str) -> None:
+    torch.manual_seed(0)
+    model, chosen = Conditioned().eval(), []
+    for batch in (1, 8):
+        inputs = (torch.randn(batch, 6, 8), torch.full((batch,), 300.0))
+        done = rewritten(model, inputs, quantize=quantize, free_originals=True)
+        chosen.append([(row["weight"], row["format"], row["activations"]) for row in report(done).decisions])
+    assert chosen[0] == chosen[1] and any(format == "int8" for _, format, _ in chosen[0])
+
+
 def test_neighbours_are_fused_where_nobody_else_reads_between() -> None:
     torch.manual_seed(0)
     model, inputs = Conditioned().eval(), (torch.randn(1, 6, 8), torch.full((1,), 300.0))

@@ -1,4 +1,4 @@
-"""Compiles the C++ of this folder on first use, and keeps the library for later processes."""
+"""Compiles C++ kernels on first use, and keeps the library for later processes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-_SOURCES = ("ops.cpp", "kernel.h")
+_SOURCES = (Path(__file__).parent / "ops.cpp", Path(__file__).parent / "kernel.h")
 _CPU_FLAGS = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "fma", "f16c")
 # no contraction: products and sums are rounded one by one, as the reference rounds them
 _OPTIONS = ("-O3", "-std=c++20", "-ffp-contract=off", "-fopenmp", "-fPIC", "-shared", "-w")
@@ -26,15 +26,23 @@ def vnni_reason() -> str | None:
 
     The first call of a machine compiles them (seconds) into inductor's cache folder; later ones load the library.
     """
+    return load_reason(_SOURCES)
+
+
+def load_reason(sources: tuple[Path, ...]) -> str | None:
+    """Compiles the first of ``sources``, unless it was before, and loads it; why not, or ``None``.
+
+    The others are the headers of ours that it includes: a library is compiled anew when any of them changes.
+    """
     reason = _machine_reason()
     if reason is not None:
         return reason
     compiler = _compiler()
     if compiler is None:
         return "no C++ compiler: neither $CXX nor g++, clang++ or c++ is there"
-    library = _library(compiler)
+    library = _library(compiler, sources)
     if not library.exists():
-        reason = _compile(compiler, library)
+        reason = _compile(compiler, sources[0], library)
         if reason is not None:
             return reason
     try:
@@ -58,34 +66,33 @@ def _compiler() -> str | None:
     return next((found for name in names if (found := shutil.which(name))), None)
 
 
-def _library(compiler: str) -> Path:
+def _library(compiler: str, sources: tuple[Path, ...]) -> Path:
     """Where the library of these sources, options, compiler and torch lies."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-    parts = [*_command(compiler, Path()), torch.__version__]
-    parts += [(Path(__file__).parent / name).read_text(encoding="utf-8") for name in _SOURCES]
+    parts = [*_command(compiler, sources[0], Path()), torch.__version__]
+    parts += [source.read_text(encoding="utf-8") for source in sources]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
     return Path(cache_dir()) / "ditc" / f"vnni-{digest}.so"
 
 
-def _command(compiler: str, output: Path) -> list[str]:
+def _command(compiler: str, source: Path, output: Path) -> list[str]:
     from torch.utils.cpp_extension import include_paths, library_paths
 
     target = [f"-m{flag.replace('_', '')}" for flag in _CPU_FLAGS]
     headers = [f"-I{path}" for path in include_paths()]
     libraries = [f"-L{path}" for path in library_paths()]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    source = str(Path(__file__).parent / _SOURCES[0])
-    return [compiler, *_OPTIONS, *target, abi, *headers, source, "-o", str(output), *libraries, "-ltorch_cpu", "-lc10"]
+    return [compiler, *_OPTIONS, *target, abi, *headers, str(source), "-o", str(output), *libraries, "-ltorch_cpu", "-lc10"]
 
 
-def _compile(compiler: str, library: Path) -> str | None:
+def _compile(compiler: str, source: Path, library: Path) -> str | None:
     """Compiles to ``library``, which appears whole or not at all; the reason why not."""
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             output = Path(folder) / library.name
-            command = _command(compiler, output)
+            command = _command(compiler, source, output)
             done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=_TIMEOUT_S)
             if done.returncode != 0:
                 errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
