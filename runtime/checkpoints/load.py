@@ -17,7 +17,7 @@ from .parts import check_shapes, read_layer
 from .place import Fit, Staged, fit_plain, linear_of, read_plain, target_device
 from .stored import Recognised, StoredWeight, recognise
 
-REENCODINGS = ("fp8",)
+REENCODINGS = ("auto", "fp8")
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def load_quantized(
     strict: bool = True,
     scale_layout: str | None = None,
     nibbles: str | None = None,
-    reencode: str | None = None,
+    reencode: str | None = "auto",
     rename: Rename | None = None,
 ) -> LoadReport:
     """Loads a checkpoint that somebody quantised, without the library that wrote it.
@@ -81,8 +81,8 @@ def load_quantized(
         strict: refuse keys that no module takes, and parameters and persistent buffers that get nothing.
         scale_layout: ``linear`` or ``swizzled``, how the scales of blocks lie, where the checkpoint does not say.
         nibbles: ``even-low`` or ``even-high``, which 4-bit code is the first, where the checkpoint does not say.
-        reencode: ``fp8`` turns 4-bit weights into row-wise FP8, for devices without 4-bit arithmetic: exact for
-            MXFP4 (or refused), rounded once more for NVFP4.
+        reencode: ``fp8`` turns 4-bit weights into row-wise FP8: exact for MXFP4 (or refused), rounded once more for
+            NVFP4. ``auto`` does it for GPUs that have FP8 arithmetic and no FP4 (Ada, Hopper); ``None`` never does.
         rename: what a key of the checkpoint is called in the model, where the two differ; it must take the keys of
             scales as it takes those of weights.
 
@@ -104,10 +104,21 @@ def load_quantized(
         layer = layers[module]
         shape, bias = (layer.out_features, layer.in_features), staged.bias_of(module, layer)
         place = target_device(layer.weight, device)
-        staged.layers[module] = read_layer(checkpoint, weight, shape, bias, layer.weight.dtype, place, reencode)
+        wanted = reencoding_for(place) if reencode == "auto" else reencode
+        staged.layers[module] = read_layer(checkpoint, weight, shape, bias, layer.weight.dtype, place, wanted)
     report = _report(found, weights, staged, fit)
     staged.assign(model, device)
     return report
+
+
+def reencoding_for(device: torch.device) -> str | None:
+    """``fp8`` for a GPU with FP8 arithmetic and without FP4 (compute capability 8.9 and 9.0), else ``None``.
+
+    On a CPU 4-bit weights are storage alone, and the smaller storage is the better one.
+    """
+    if device.type != "cuda":
+        return None
+    return "fp8" if torch.cuda.get_device_capability(device) in ((8, 9), (9, 0)) else None
 
 
 def _taken(checkpoint: Checkpoint, found: Recognised) -> set[str]:
