@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ditc.kernels.attention import attention_reason
 from ditc.kernels.matmul import fp32_matmul, fp32_matmul_reason
 
 from .harness import Call, Candidate
@@ -28,9 +29,12 @@ AO, AO_FROZEN, AO_BF16, AO_BF16_FROZEN = (
     f"torchao int8 over {d}" for d in ("fp32", "fp32, frozen", "bf16", "bf16, frozen")
 )
 DITC, DITC_ONEDNN, DITC_BF16 = (f"ditc int8 over {d}" for d in ("fp32", "fp32, oneDNN", "bf16"))
+DITC_ATTENTION, DITC_ATTENTION_ONEDNN, DITC_ATTENTION_BF16 = (
+    f"ditc int8 + attention over {d}" for d in ("fp32", "fp32, oneDNN", "bf16")
+)
 PEERS = (BF16, BF16_FROZEN, AO, AO_FROZEN, AO_BF16, AO_BF16_FROZEN)
 """Against the best of these ditc's goal is set."""
-DITCS = (DITC, DITC_ONEDNN, DITC_BF16)
+DITCS = (DITC, DITC_ONEDNN, DITC_BF16, DITC_ATTENTION, DITC_ATTENTION_ONEDNN, DITC_ATTENTION_BF16)
 
 # what torchao's configuration sets for the whole process when asked to; here for its own compilations only
 _TORCHAO_INDUCTOR = {
@@ -70,6 +74,8 @@ def candidates(model: nn.Module, latent: Tensor, timesteps: Sequence[Tensor]) ->
         return lambda: _compiled(*plain(dtype), backend="ditc", options=plan)
 
     default, onednn = {"quantize": "int8"}, {"quantize": "int8", "fp32_matmul": "onednn"}
+    attention, attention_onednn = default | {"attention": "int8"}, onednn | {"attention": "int8"}
+    no_attention = "the INT8 attention kernel is for CPUs" if gpu else attention_reason()
     return [
         Candidate(EAGER, eager, FP32_BOUND),
         Candidate(INDUCTOR, inductor("fp32"), FP32_BOUND),
@@ -83,6 +89,15 @@ def candidates(model: nn.Module, latent: Tensor, timesteps: Sequence[Tensor]) ->
         Candidate(DITC, ditc("fp32", default), INT8_BOUND, plan=default),
         Candidate(DITC_ONEDNN, ditc("fp32", onednn), INT8_BOUND, skip=no_onednn, plan=onednn),
         Candidate(DITC_BF16, ditc("bf16", default), INT8_BOUND, plan=default),
+        Candidate(DITC_ATTENTION, ditc("fp32", attention), INT8_BOUND, skip=no_attention, plan=attention),
+        Candidate(
+            DITC_ATTENTION_ONEDNN,
+            ditc("fp32", attention_onednn),
+            INT8_BOUND,
+            skip=no_onednn or no_attention,
+            plan=attention_onednn,
+        ),
+        Candidate(DITC_ATTENTION_BF16, ditc("bf16", attention), INT8_BOUND, skip=no_attention, plan=attention),
     ]
 
 

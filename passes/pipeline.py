@@ -20,6 +20,7 @@ from torch import fx
 
 from ditc.runtime.artifact import StateSpec
 
+from .attention import UseInt8Attention
 from .base import Pass, PassContext, PassReport, Skip, count_operators
 from .canonicalize import Canonicalize
 from .capture import Capture
@@ -44,6 +45,7 @@ def passes_for(plan: Plan) -> tuple[Pass, ...]:
         *([QuantizeLinears.for_plan(plan)] if plan.quantizes else []),
         FuseNeighbours(),
         UseVnni(),
+        *([UseInt8Attention()] if plan.attention == "int8" else []),
         HoistWeights(),
     )
 

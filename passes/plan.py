@@ -63,6 +63,9 @@ class Plan(BaseModel):
     fp32_matmul: Literal["default", "onednn"] = Field(
         "default", description="who multiplies fp32 matrices on a CPU; onednn is refused where it is not fp32-accurate"
     )
+    attention: Literal["native", "int8"] = Field(
+        "native", description="int8: attention without a mask on 8-bit integers, on CPUs with AVX512-VNNI"
+    )
     weights: Literal["watch", "frozen"] = Field(
         "watch", description="watch: packed weights follow every edit of the module; frozen: packed once per module"
     )

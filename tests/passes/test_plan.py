@@ -23,6 +23,7 @@ plans = st.builds(
     precise_first=st.integers(0, 3),
     fuse=st.booleans(),
     fp32_matmul=st.sampled_from(["default", "onednn"]),
+    attention=st.sampled_from(["native", "int8"]),
     weights=st.sampled_from(["watch", "frozen"]),
     mode=st.sampled_from(["default", "reduce-overhead", "max-autotune"]),
 )
@@ -97,6 +98,6 @@ def test_mode_comes_from_either_door() -> None:
 def test_text_is_stable() -> None:
     assert Plan(quantize="int8").to_toml() == (
         'quantize = "int8"\nactivations = "dynamic"\nerror_budget = 20.0\nlowrank = 0\nprecise_first = 0\n'
-        'precise_last = 0\nfree_originals = false\nfuse = true\nfp32_matmul = "default"\nweights = "watch"\n'
-        'mode = "default"\nlower = "inductor"\n'
+        'precise_last = 0\nfree_originals = false\nfuse = true\nfp32_matmul = "default"\nattention = "native"\n'
+        'weights = "watch"\nmode = "default"\nlower = "inductor"\n'
     )

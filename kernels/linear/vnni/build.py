@@ -83,7 +83,19 @@ def _command(compiler: str, source: Path, output: Path) -> list[str]:
     headers = [f"-I{path}" for path in include_paths()]
     libraries = [f"-L{path}" for path in library_paths()]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    return [compiler, *_OPTIONS, *target, abi, *headers, str(source), "-o", str(output), *libraries, "-ltorch_cpu", "-lc10"]
+    return [
+        compiler,
+        *_OPTIONS,
+        *target,
+        abi,
+        *headers,
+        str(source),
+        "-o",
+        str(output),
+        *libraries,
+        "-ltorch_cpu",
+        "-lc10",
+    ]
 
 
 def _compile(compiler: str, source: Path, library: Path) -> str | None:
