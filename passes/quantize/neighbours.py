@@ -110,14 +110,13 @@ def _fuse_norm(graph: fx.GraphModule, node: fx.Node) -> bool:
     if found is None:
         return False
     norm, multiplier, shift = found
-    inputs = list(norm.args) + [None] * (4 - len(norm.args))
-    weight, bias = (inputs[2], inputs[3]) if norm.target is aten.layer_norm.default else (inputs[2], None)
-    eps = norm.args[4 if norm.target is aten.layer_norm.default else 3] if len(norm.args) > 3 else None
-    if norm.target is aten.layer_norm.default and len(norm.args) < 5:
-        eps = 1e-5
-    if eps is None:  # rms_norm's default depends on the type
-        eps = torch.finfo(norm.meta["val"].dtype).eps
-    args = (norm.args[0], _NORMS[norm.target], eps, weight, bias, multiplier, shift, format, *static)
+    given = dict(zip((argument.name for argument in norm.target._schema.arguments), norm.args, strict=False))  # type: ignore[union-attr]
+    given |= norm.kwargs
+    # rms_norm's default depends on the type
+    default = 1e-5 if norm.target is aten.layer_norm.default else torch.finfo(norm.meta["val"].dtype).eps
+    eps = default if given.get("eps") is None else given["eps"]
+    affine = given.get("weight"), given.get("bias")
+    args = (norm.args[0], _NORMS[norm.target], eps, *affine, multiplier, shift, format, *static)
     _replace(graph, node, _ops.norm_quantize.default, args)
     return True
 

@@ -170,6 +170,44 @@ def test_neighbours_are_fused_where_nobody_else_reads_between() -> None:
     assert {node.args[1] for node in norms} == {"layer"}
 
 
+class Normed(nn.Module):
+    """A block whose first norm is called with as few arguments as can be, in one of several ways."""
+
+    def __init__(self, norm: str) -> None:
+        super().__init__()
+        self.norm = norm
+        self.embed = nn.Linear(4, 32)
+        self.weight, self.bias = nn.Parameter(torch.rand(32)), nn.Parameter(torch.randn(32))
+        self.q, self.k, self.v, self.out = (nn.Linear(32, 32) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        y = {
+            "layer": lambda: F.layer_norm(x, (32,)),
+            "layer, weight": lambda: F.layer_norm(x, (32,), self.weight),
+            "layer, weight and bias": lambda: F.layer_norm(x, (32,), self.weight, self.bias),
+            "layer, large eps": lambda: F.layer_norm(x, (32,), self.weight, self.bias, 0.5),
+            "rms": lambda: F.rms_norm(x, (32,)),
+            "rms, weight": lambda: F.rms_norm(x, (32,), self.weight),
+            "rms, large eps": lambda: F.rms_norm(x, (32,), self.weight, 0.5),
+        }[self.norm]()
+        q, k, v = (layer(y).unflatten(-1, (2, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        z: Tensor = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return z
+
+
+@pytest.mark.parametrize(
+    "norm",
+    ["layer", "layer, weight", "layer, weight and bias", "layer, large eps", "rms", "rms, weight", "rms, large eps"],
+)
+def test_a_norm_keeps_its_arguments(norm: str) -> None:
+    torch.manual_seed(0)
+    model, x = Normed(norm).eval(), torch.randn(2, 5, 4)
+    done = rewritten(model, (x,), quantize={"attention": "int8", "token": "int8"})
+    assert count(done, ops.norm_quantize.default) == 1
+    assert error(run(done, model, (x,)), model(x).detach()) < 0.01
+
+
 class Reads(nn.Module):
     """One block in whose middle somebody else reads what a quantised linear reads or makes."""
 
