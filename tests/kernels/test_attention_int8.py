@@ -41,7 +41,7 @@ def poison(*shape: int) -> None:
 
 def error(actual: Tensor, wanted: Tensor, v: Tensor) -> float:
     """Relative to the output, or, where values cancel, to what a mean of that many values would be."""
-    least = v.double().norm() / v.shape[-2] * (wanted.shape[-2] / v.shape[-2]) ** 0.5
+    least = v.double().norm() / v.shape[-2] * wanted.shape[-2] ** 0.5
     return float((actual.double() - wanted).norm() / torch.maximum(wanted.norm(), least))
 
 
@@ -60,7 +60,8 @@ def test_is_its_meaning(shape: tuple[int, int, int, int, int], dtype: torch.dtyp
     # a value between two integers may go to either side
     rounding = 3e-3 if dtype == torch.float32 else 1e-2
     assert error(y, wanted.double(), v) < rounding
-    assert error(y, exact(q, k, v, scale), v) < TOLERANCE + rounding
+    # TOLERANCE is of many numbers together, a single one scatters more
+    assert error(y, exact(q, k, v, scale), v) < (TOLERANCE if y.numel() > 1000 else 2 * TOLERANCE) + rounding
 
 
 @runs
@@ -74,6 +75,16 @@ def test_signal_to_noise(shape: tuple[int, int, int, int, int], dtype: torch.dty
     y = attention_int8(q, k, v, shape[-1] ** -0.5).double()
     assert -20 * torch.log10((y - wanted).norm() / wanted.norm()) > 34
     assert 0.998 < y.norm() / wanted.norm() < 1.002
+
+
+@runs
+@pytest.mark.parametrize("deviation", [0.3, 2.0, 4.0, 8.0])
+def test_flat_and_peaked_rows(deviation: float) -> None:
+    q, k, v = operands(1, 2, 256, 1024, 64)
+    scale = deviation / 8
+    wanted, y = exact(q, k, v, scale), attention_int8(q, k, v, scale).double()
+    assert -20 * torch.log10((y - wanted).norm() / wanted.norm()) > 28
+    assert 0.99 < y.norm() / wanted.norm() < 1.02
 
 
 @runs
