@@ -119,6 +119,7 @@ def test_requested_passes_need_no_work_where_there_is_none(capture: Capture) -> 
     assert [report.rewrites for report in reports[1:]] == [0]
 
 
+@pytest.mark.usefixtures("portable")
 def test_dump_writes_what_changed(capture: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DITC_DUMP", str(tmp_path))
     rewrite(capture, Plan(quantize="int8"))
