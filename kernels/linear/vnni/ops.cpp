@@ -160,6 +160,8 @@ Rows normalised_rows(const Tensor& x, const Normalisation& how) {
   return rows;
 }
 
+inline int64_t up_to_line(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
 // Every panel times every tile. A task is a panel, or a part of its tiles where there are few panels; tasks are taken
 // as they come, since cores are seldom equally free.
 void product(const Rows& rows, const Tensor& weight, int64_t N, const Epilogue& epilogue) {
@@ -181,9 +183,14 @@ void product(const Rows& rows, const Tensor& weight, int64_t N, const Epilogue& 
       const int32_t* start = reinterpret_cast<const int32_t*>(trailer);
       const float* weight_scale = reinterpret_cast<const float*>(trailer) + COLUMNS;
       const int64_t from = part * rows.tiles.count / parts, to = (part + 1) * rows.tiles.count / parts;
+      // weights come from memory: the lines of the panel that this thread probably takes next are asked for on the way
+      const int8_t* following = packed + std::min((task + threads) / parts, panels - 1) * bytes;
+      const int64_t slice = up_to_line(bytes / (to - from) + 1);
       for (int64_t t = from; t < to; ++t) {
         const int64_t m = rows.tiles.begin(t);
         const int count = rows.tiles.rows(t);
+        const int64_t line = (t - from) * slice, end = std::min(line + slice, bytes);
+        for (int64_t b = line; b < end; b += 64) _mm_prefetch(reinterpret_cast<const char*>(following) + b, _MM_HINT_T1);
         prefetch(epilogue, count, m, p * COLUMNS, N);
         MULTIPLY[count](codes + m * padded(K), panel, start, padded(K) / STEP, sums);
         ((p + 1) * COLUMNS <= N ? finish : finish_last)(epilogue, sums, count, m, p * COLUMNS, N, scale + m, weight_scale);
