@@ -1,6 +1,36 @@
-"""Attention on 8-bit integers: what it means, and its kernel for CPUs with AVX512-VNNI."""
+"""Attention on few bits: what it means in plain torch, and its kernels.
+
+``quantized`` is the op on operands that are quantised already, and what quantises them; ``recipe`` the formats to
+choose from; ``visible`` masks, windows and blocks; ``sparse`` which blocks of keys are worth looking at. ``op`` is an
+op of its own for CPUs with AVX512-VNNI, from float operands.
+"""
 
 from .build import attention_reason
 from .op import MAX_HEAD, TOLERANCE, attention_int8, attention_int8_reference
+from .quantized import Operands, attend, attention_quantized, attention_quantized_reference, quantize_operands
+from .recipe import KEYS, QUERIES, RECIPES, VALUE_BLOCK, Recipe, recipe_of
+from .sparse import attention_blocks
+from .visible import SPARSE_BLOCK, check_visible, hidden
 
-__all__ = ["MAX_HEAD", "TOLERANCE", "attention_int8", "attention_int8_reference", "attention_reason"]
+__all__ = [
+    "KEYS",
+    "MAX_HEAD",
+    "QUERIES",
+    "RECIPES",
+    "SPARSE_BLOCK",
+    "TOLERANCE",
+    "VALUE_BLOCK",
+    "Operands",
+    "Recipe",
+    "attend",
+    "attention_blocks",
+    "attention_int8",
+    "attention_int8_reference",
+    "attention_quantized",
+    "attention_quantized_reference",
+    "attention_reason",
+    "check_visible",
+    "hidden",
+    "quantize_operands",
+    "recipe_of",
+]
