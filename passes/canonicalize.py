@@ -46,17 +46,23 @@ class Canonicalize:
 
     def __call__(self, graph: fx.GraphModule, ctx: PassContext) -> PassReport:
         """Applies the rules to every node once."""
-        counts: dict[str, int] = {}
-        for node in list(graph.graph.nodes):
-            if node.op != "call_function":
-                continue
-            for label, rule in _RULES:
-                if rule(graph, node):
-                    counts[label] = counts.get(label, 0) + 1
-                    break
-        graph.graph.eliminate_dead_code()
+        counts = normalize(graph)
         details = tuple(f"{label}: {count}" for label, count in counts.items())
         return PassReport(self.name, sum(counts.values()), details=details)
+
+
+def normalize(graph: fx.GraphModule) -> dict[str, int]:
+    """Applies the rules of :class:`Canonicalize` to every node once; says how often each was applied."""
+    counts: dict[str, int] = {}
+    for node in list(graph.graph.nodes):
+        if node.op != "call_function":
+            continue
+        for label, rule in _RULES:
+            if rule(graph, node):
+                counts[label] = counts.get(label, 0) + 1
+                break
+    graph.graph.eliminate_dead_code()
+    return counts
 
 
 def _replace(node: fx.Node, value: fx.Node) -> bool:

@@ -12,6 +12,7 @@ from typing import Literal, Self
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from ditc.kernels.attention import recipe_of
 from ditc.kernels.formats import format_of
 
 from ...errors import PlanError
@@ -24,6 +25,10 @@ Activations = Literal["dynamic", "static", "none"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of a value of each dtype that a linear may have."""
+
+
+NATIVE, CPU_INT8 = "native", "int8"
+"""Ways to compute attention beside the recipes: torch's own, and the op of CPUs with integer dot products."""
 
 
 class CostError(PlanError):
@@ -51,6 +56,45 @@ class Point(_Strict):
         return name if name == "none" else format_of(name).name
 
 
+class AttentionPoint(_Strict):
+    """Seconds of one attention without a mask, all of it: quantisation of the operands included.
+
+    Attributes:
+        recipe: ``native`` for torch's best ``scaled_dot_product_attention``, ``int8`` for the CPU kernel
+            ``ditc::attention_int8``, else a name in ``ditc.kernels.attention.RECIPES``.
+        dtype: of queries, keys, values and the output.
+        B, H: batch and heads (as many of keys as of queries).
+        Lq, Lk, D: queries, keys, features of a head.
+    """
+
+    recipe: str
+    dtype: Dtype
+    B: int = Field(ge=1)
+    H: int = Field(ge=1)
+    Lq: int = Field(ge=1)
+    Lk: int = Field(ge=1)
+    D: int = Field(ge=1)
+    seconds: float = Field(gt=0)
+
+    @field_validator("recipe")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        return name if name in (NATIVE, CPU_INT8) else recipe_of(name).name
+
+
+class AttentionSection(_Strict):
+    """What the cost model knows of attention on one device, beside its rates.
+
+    Attributes:
+        exponentials: per second, as reached: what softmax is bound by where the products are fast; ``None`` where
+            this is not known, and then it bounds nothing.
+        points: measured seconds that correct the roofline.
+    """
+
+    exponentials: float | None = Field(None, gt=0)
+    points: tuple[AttentionPoint, ...] = ()
+
+
 class Source(_Strict):
     """Where a table's numbers are from; ``text`` is what reports say, ``assumptions`` what is not in a data sheet."""
 
@@ -76,6 +120,7 @@ class CostTable(_Strict):
         rates: multiply-adds x 2 per second, as reached, by dtype and by format. A format without a rate is storage
             only: the device has no arithmetic for it, so its operands are decoded at every call.
         points: measured seconds that correct the roofline.
+        attention: the same for attention.
     """
 
     schema_number: Literal[1]
@@ -88,6 +133,7 @@ class CostTable(_Strict):
     bandwidth: float = Field(gt=0)
     rates: dict[str, float]
     points: tuple[Point, ...] = ()
+    attention: AttentionSection = AttentionSection()
 
     @field_validator("name")
     @classmethod
@@ -110,7 +156,7 @@ class CostTable(_Strict):
 
     @model_validator(mode="after")
     def _rated(self) -> Self:
-        missing = {point.dtype for point in self.points} - set(self.rates)
+        missing = {point.dtype for point in (*self.points, *self.attention.points)} - set(self.rates)
         if missing:
             raise ValueError(f"points of {', '.join(sorted(missing))}, which has no rate")
         return self
