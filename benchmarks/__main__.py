@@ -8,6 +8,7 @@ from typing import Annotated
 import torch
 import typer
 
+from . import attention_quality as attention_quality_suite
 from . import formats as format_suite
 from . import guard_overhead as guard
 from . import linear_cost as cost
@@ -106,6 +107,19 @@ def formats(
     """The demo's model in every format: quality, bytes and speed, beside torchao and modelopt."""
     picked, _ = _setup(None, threads, None)
     format_suite.run(picked, clips_per_digit=clips_per_digit, only=only or [], save=save)
+
+
+@app.command()
+def attention_quality(
+    clips_per_digit: Annotated[int, typer.Option(min=1, help="clips of each digit, by each variant")] = 2,
+    only: Annotated[list[str] | None, typer.Option(help="part of a variant's name; may be repeated")] = None,
+    threads: Threads = None,
+    save: Save = True,
+) -> None:
+    """The demo's model with every recipe of low-precision attention: what each costs, what each of its parts brings."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    attention_quality_suite.run(clips_per_digit=clips_per_digit, only=only or [], save=save)
 
 
 if __name__ == "__main__":

@@ -71,14 +71,15 @@ def peers() -> dict[str, Callable[[nn.Module], nn.Module]]:
     }
 
 
-def _taken(module: nn.Module, name: str) -> bool:
+def is_block_linear(module: nn.Module, name: str) -> bool:
+    """Whether the module called ``name`` is one of the linears that ditc's plans quantise in the demo's model."""
     return isinstance(module, nn.Linear) and _BLOCK_LINEAR.search(name) is not None
 
 
 def _torchao_int8(model: nn.Module) -> nn.Module:
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
-    quantize_(model, Int8DynamicActivationInt8WeightConfig(set_inductor_config=False), filter_fn=_taken)
+    quantize_(model, Int8DynamicActivationInt8WeightConfig(set_inductor_config=False), filter_fn=is_block_linear)
     return model
 
 
@@ -91,7 +92,7 @@ def _torchao_mx(model: nn.Module, format: str) -> nn.Module:
     configuration = MXDynamicActivationMXWeightConfig(
         activation_dtype=dtype, weight_dtype=dtype, kernel_preference=KernelPreference.EMULATED
     )
-    quantize_(model, configuration, filter_fn=_taken)
+    quantize_(model, configuration, filter_fn=is_block_linear)
     return model
 
 

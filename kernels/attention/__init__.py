@@ -5,10 +5,11 @@ choose from; ``visible`` masks, windows and blocks; ``sparse`` which blocks of k
 op of its own for CPUs with AVX512-VNNI, from float operands.
 """
 
+from . import cuda as _cuda  # registers the CUDA implementation  # noqa: F401
 from .build import attention_reason
 from .op import MAX_HEAD, TOLERANCE, attention_int8, attention_int8_reference
 from .quantized import Operands, attend, attention_quantized, attention_quantized_reference, quantize_operands
-from .recipe import KEYS, QUERIES, RECIPES, VALUE_BLOCK, Recipe, recipe_of
+from .recipe import KEYS, QUERIES, RECIPES, VALUE_BLOCK, Recipe, Tolerance, recipe_of
 from .sparse import attention_blocks
 from .visible import SPARSE_BLOCK, check_visible, hidden
 
@@ -22,6 +23,7 @@ __all__ = [
     "VALUE_BLOCK",
     "Operands",
     "Recipe",
+    "Tolerance",
     "attend",
     "attention_blocks",
     "attention_int8",
