@@ -1,21 +1,9 @@
 """Noise schedules of rectified flow, x = (1 - sigma) x0 + sigma eps, for sigma in [0, 1]."""
 
-import math
-
 import torch
 from torch import Tensor
 
-
-def static_shift(sigmas: Tensor, shift: float) -> Tensor:
-    """Warp a schedule toward noise: shift * sigma / (1 + (shift - 1) * sigma) (Esser et al. 2024, eq. 23).
-
-    Args:
-        sigmas: any shape, floating point, within [0, 1]; 0 and 1 stay where they are.
-        shift: positive; 1 changes nothing.
-    """
-    if not math.isfinite(shift) or shift <= 0:
-        raise ValueError(f"shift must be positive and finite; got {shift}")
-    return shift * sigmas / (1 + (shift - 1) * sigmas)
+from .shift import static_shift
 
 
 def flow_sigmas(steps: int, shift: float = 1.0) -> Tensor:
