@@ -8,7 +8,12 @@ from pathlib import Path
 from ..linear.vnni.build import load_reason
 
 _FOLDER = Path(__file__).parent
-_SOURCES = (_FOLDER / "attention.cpp", _FOLDER.parent / "linear" / "vnni" / "kernel.h")
+_SOURCES = (
+    _FOLDER / "attention.cpp",
+    _FOLDER / "packing.h",
+    _FOLDER / "visible.h",
+    _FOLDER.parent / "linear" / "vnni" / "kernel.h",
+)
 
 
 @functools.cache

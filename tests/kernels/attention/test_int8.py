@@ -52,7 +52,7 @@ def test_is_its_meaning(shape: tuple[int, int, int, int, int], dtype: torch.dtyp
     size = size if dtype == torch.float32 else 1.0
     q, k, v = operands(*shape, dtype)
     v = v * size
-    scale = factor * shape[-1] ** -0.5
+    scale = factor * (-1) ** shape[2] * shape[-1] ** -0.5
     poison(*q.shape)
     y = attention_int8(q, k, v, scale)
     wanted = attention_int8_reference(q, k, v, scale)
@@ -194,7 +194,15 @@ def test_compiles_into_one_graph() -> None:
     ("call", "refusal"),
     [
         (lambda q, k, v: attention_int8(q[0], k, v, 1.0), ValueError),
-        (lambda q, k, v: attention_int8(q, k[:, :1], v[:, :1], 1.0), ValueError),
+        (lambda q, k, v: attention_int8(q[:, :1], k, v, 1.0), ValueError),
+        (lambda q, k, v: attention_int8(q, k[:, :0], v[:, :0], 1.0), ValueError),
+        (lambda q, k, v: attention_int8(q, k, v, 1.0, torch.ones(5, 8)), ValueError),
+        (lambda q, k, v: attention_int8(q, k, v, 1.0, torch.ones(1, 1, 2, 5, 9)), ValueError),
+        (lambda q, k, v: attention_int8(q, k, v, 1.0, torch.ones(5, 9, dtype=torch.int8)), TypeError),
+        (lambda q, k, v: attention_int8(q, k, v, 1.0, blocks=torch.ones(1, 2, 1, 1)), TypeError),
+        (lambda q, k, v: attention_int8(q, k, v, 1.0, blocks=torch.ones(1, 1, 1, 1, dtype=torch.bool)), ValueError),
+        (lambda q, k, v: attention_int8(q, k, v, 1.0, window=-2), ValueError),
+        (lambda q, k, v: attention_int8(q, k, v, 1.0, window=3), ValueError),
         (lambda q, k, v: attention_int8(q, k, v[:, :, 1:], 1.0), ValueError),
         (lambda q, k, v: attention_int8(q, k[:, :, :0], v[:, :, :0], 1.0), ValueError),
         (lambda q, k, v: attention_int8(*(t.repeat(1, 1, 1, 30) for t in (q, k, v)), 1.0), ValueError),

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.library import define, impl, register_fake
 
 from ..formats.int8 import quantize_int8
+from .visible import check_visible, hidden
 
 MAX_HEAD = 256
 """Features of the widest head that the C++ kernel takes."""
@@ -25,47 +26,67 @@ and with it up to two per cent of the output's magnitude where scores have a sta
 _BLOCK = 128
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
-define("ditc::attention_int8", "(Tensor q, Tensor k, Tensor v, float scale) -> Tensor", tags=_TAGS)
+define(
+    "ditc::attention_int8",
+    "(Tensor q, Tensor k, Tensor v, float scale, Tensor? mask=None, bool causal=False, Tensor? blocks=None, "
+    "int window=-1) -> Tensor",
+    tags=_TAGS,
+)
 
 
-def attention_int8(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """``softmax(q k^T * scale) v`` on 8-bit integers.
+def attention_int8(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, causal: bool = False,
+    blocks: Tensor | None = None, window: int = -1,
+) -> Tensor:  # fmt: skip
+    """``softmax(q k^T * scale + mask) v`` on 8-bit integers.
 
     Args:
         q: float ``[B, H, Lq, D]``, any strides.
-        k: float ``[B, H, Lk, D]`` of the same dtype, ``Lk > 0``.
+        k: float ``[B, G, Lk, D]`` of the same dtype, ``Lk > 0``; ``G`` divides ``H``, and query head ``h`` reads head
+            ``h // (H / G)``.
         v: like ``k``.
         scale: what scores are multiplied by.
+        mask: bool (true: is seen) or floating (is added to the scores), broadcasts to ``[B, H, Lq, Lk]``; what is
+            broadcast is not written out, so hand it over unexpanded.
+        causal: query i sees keys up to i, as in torch.
+        blocks: bool ``[B, H, ceil(Lq / 64), ceil(Lk / 64)]``, which blocks of keys are looked at.
+        window: query i sees keys from ``i - window`` to ``i + window``; -1 for all.
 
     Returns:
-        ``[B, H, Lq, D]`` of the dtype of ``q``, laid out ``[B, Lq, H, D]``. A query that is no number makes its row
-        NaN, a key all rows of its head, a value its channel.
+        ``[B, H, Lq, D]`` of the dtype of ``q``, laid out ``[B, Lq, H, D]``. A query that sees no key is zero. One that
+        is no number makes its row NaN, a key all rows of its head, a value its channel, seen or not.
 
     Raises:
-        ValueError: shapes do not fit, or a head is wider than the kernel takes.
-        TypeError: a dtype is none of float32, bfloat16 and float16, or they differ.
+        ValueError: shapes do not fit, a head is wider than the kernel takes, or ``window`` is below -1.
+        TypeError: a dtype is none of float32, bfloat16 and float16, or they differ, or a mask or map has another one.
     """
-    y: Tensor = torch.ops.ditc.attention_int8(q, k, v, scale)
+    y: Tensor = torch.ops.ditc.attention_int8(q, k, v, scale, mask, causal, blocks, window)
     return y
 
 
-def attention_int8_reference(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def attention_int8_reference(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, causal: bool = False,
+    blocks: Tensor | None = None, window: int = -1,
+) -> Tensor:  # fmt: skip
     """The meaning of :func:`attention_int8`, for every device, without tiles: it forms the matrix of scores."""
-    wide_k, wide_v = k.float(), v.float()
+    B, H, Lq, _ = q.shape
+    check_visible(B, H, Lq, k.shape[2], mask, causal, blocks, window)
+    wide_k, wide_v = (x.float().repeat_interleave(H // k.shape[1], 1) for x in (k, v))
     q_codes, q_scale = quantize_int8(q.float())
     k_codes, k_scale = quantize_int8(wide_k - wide_k.mean(-2, keepdim=True))
     v_codes, v_scale = quantize_int8(wide_v.transpose(-1, -2))
     scores = q_codes.float() @ k_codes.float().transpose(-1, -2) * (q_scale * scale) * k_scale.transpose(-1, -2)
-    top = scores.amax(-1, keepdim=True)
+    scores = hidden(scores, mask, causal, blocks, window)
+    top = _finite(scores.amax(-1, keepdim=True))
     total, out = torch.zeros_like(top), torch.zeros_like(q, dtype=torch.float32)
     for begin in range(0, k.shape[-2], _BLOCK):
         part, codes = scores[..., begin : begin + _BLOCK], v_codes[..., begin : begin + _BLOCK]
         peak = part.amax(-1, keepdim=True)
-        weights = (255 * (part - peak).exp()).round()
+        weights = (255 * (part - _finite(peak)).exp()).round()
         share = (peak - top).exp()
         total += share * weights.sum(-1, keepdim=True)
         out += share * (weights @ codes.float().transpose(-1, -2))
-    return _empty(q).copy_(out / total * v_scale.transpose(-1, -2))
+    return _empty(q).copy_(out / total.masked_fill(total == 0, 1.0) * v_scale.transpose(-1, -2))
 
 
 # on a CPU the kernel takes over once it is loaded
@@ -73,8 +94,16 @@ impl("ditc::attention_int8", "CompositeExplicitAutograd", attention_int8_referen
 
 
 @register_fake("ditc::attention_int8")  # type: ignore[untyped-decorator]
-def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def _(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, causal: bool = False,
+    blocks: Tensor | None = None, window: int = -1,
+) -> Tensor:  # fmt: skip
     return _empty(q)
+
+
+def _finite(peak: Tensor) -> Tensor:
+    """Zero for the largest score of what is not seen at all."""
+    return peak.masked_fill(peak == float("-inf"), 0.0)
 
 
 def _empty(q: Tensor) -> Tensor:
