@@ -36,6 +36,18 @@ def e4m3_to_f32(byte):
 
 
 @triton.jit
+def e4m3_to_f16(byte):
+    """The value of E4M3 bytes (uint8), float16; those of NaN, 0x7F and 0xFF, become 480.
+
+    The seven low bits, put where a float16 has the end of its exponent and the start of its mantissa, are the value
+    times 2**-8, subnormals included.
+    """
+    byte = byte.to(tl.uint16)
+    bits = ((byte & 0x7F) << 7) | ((byte & 0x80) << 8)
+    return bits.to(tl.float16, bitcast=True) * 256.0
+
+
+@triton.jit
 def e8m0_to_f32(byte):
     """The value of E8M0 bytes (uint8), float32: 2**(byte - 127), of which 2**-127 is subnormal; 255 is NaN."""
     byte = byte.to(tl.uint32)
