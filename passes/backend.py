@@ -14,12 +14,14 @@ from torch._inductor.compile_fx import compile_fx
 from ditc.kernels.matmul import fp32_matmul_reason
 from ditc.runtime.artifact import Artifact, Manifest, StateSpec
 
+from .attention.use import UseAttention
 from .capture import Capture, GraphInput, capture_dynamo, graph_inputs
 from .errors import CaptureError, PassError, PlanError
 from .lower.eager import lower_eager
 from .lower.inductor import lower_inductor, mode_options
 from .pipeline import Rewritten, rewrite
 from .plan import Plan
+from .quantize.linears import QuantizeLinears
 from .rewrite import input_of
 from .verify import graph_hash
 
@@ -71,7 +73,7 @@ def ditc(
 
 
 def with_precise_steps(artifact: Artifact, spare: Capture, plan: Plan) -> Artifact:
-    """Adds the program without quantisation that runs the first and last steps of a generation.
+    """Adds the program at full precision that runs the first and last steps of a generation.
 
     Args:
         artifact: the quantised program.
@@ -101,7 +103,7 @@ def _copy(capture: Capture) -> Capture:
 
 
 def unquantized(plan: Plan) -> Plan:
-    """The same plan without anything that has to do with quantisation."""
+    """The same plan with neither linears nor attention on few bits."""
     return Plan(fuse=plan.fuse, fp32_matmul=plan.fp32_matmul, weights=plan.weights, mode=plan.mode, lower=plan.lower)
 
 
@@ -156,11 +158,16 @@ def nothing_found(rewritten: Rewritten) -> str | None:
     A graph may be a fragment between graph breaks or no transformer at all, so this is a reason and no error: where
     there was something to rewrite and none of it could be, the runner has raised already.
     """
-    for report in rewritten.reports:
-        if report.requested and not report.rewrites:
-            why = "; ".join(rewritten.structure.notes) or "the structure analysis found none"
-            return f"{report.name} was asked for, but there is no linear on a token path inside a block: {why}"
-    return None
+    requested = [report for report in rewritten.reports if report.requested]
+    if not requested or any(report.rewrites for report in requested):
+        return None
+    names = " and ".join(report.name for report in requested)
+    missing = " and no ".join(_CANDIDATES.get(report.name, "candidate") for report in requested)
+    why = "; ".join(rewritten.structure.notes) or "the structure analysis found none"
+    return f"{names} was asked for, but there is no {missing}: {why}"
+
+
+_CANDIDATES = {QuantizeLinears.name: "linear on a token path inside a block", UseAttention.name: "attention"}
 
 
 def assemble(rewritten: Rewritten, inputs: Sequence[GraphInput], plan: Plan, source: str) -> Artifact:
@@ -198,6 +205,7 @@ def assemble(rewritten: Rewritten, inputs: Sequence[GraphInput], plan: Plan, sou
         timestep=timestep,
         watch_weights=plan.weights == "watch",
         fp32_matmul=plan.fp32_matmul,
+        gauges=rewritten.gauges,
     )
 
 

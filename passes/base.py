@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import torch
 from torch import fx
 
-from ditc.runtime.artifact import StateEntry
+from ditc.runtime.artifact import Gauge, StateEntry
 
 from .plan import Plan
 from .structure import Structure
@@ -52,12 +52,13 @@ class PassReport:
 
 @dataclass
 class PassContext:
-    """What a pass may know besides the graph, and where it declares state."""
+    """What a pass may know besides the graph, and where it declares what a program returns beside its outputs."""
 
     plan: Plan
     device: torch.device
     structure: Structure | None = None
     state: list[StateEntry] = field(default_factory=list)
+    gauges: list[Gauge] = field(default_factory=list)
 
     def declare_state(self, entry: StateEntry) -> None:
         """Announces a tensor that the session carries from step to step.
@@ -65,6 +66,17 @@ class PassContext:
         The pass adds one placeholder of kind ``state`` and one output for it, in the order of declaration.
         """
         self.state.append(entry)
+
+    def declare_gauge(self, graph: fx.GraphModule, gauge: Gauge, value: fx.Node) -> None:
+        """Makes ``value``, float32 ``[labels]``, something that the program measures at every call.
+
+        It is returned behind the outputs and the gauges so far, in front of the state.
+        """
+        output = graph.graph.output_node()
+        returned = list(output.args[0])  # type: ignore[arg-type]
+        returned.insert(len(returned) - len(self.state), value)
+        output.args = (tuple(returned),)
+        self.gauges.append(gauge)
 
 
 @runtime_checkable

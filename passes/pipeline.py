@@ -18,9 +18,10 @@ from pathlib import Path
 import torch
 from torch import fx
 
-from ditc.runtime.artifact import StateSpec
+from ditc.runtime.artifact import Gauge, StateSpec
 
-from .attention import UseInt8Attention
+from .attention.recognise import RecogniseAttention
+from .attention.use import UseAttention
 from .base import Pass, PassContext, PassReport, Skip, count_operators
 from .canonicalize import Canonicalize
 from .capture import Capture
@@ -41,24 +42,28 @@ def passes_for(plan: Plan) -> tuple[Pass, ...]:
     """The rewriting passes of a plan, in order. Canonicalisation runs before them, always."""
     return (
         LowerModelopt(),
+        *((RecogniseAttention(), UseAttention.for_plan(plan)) if plan.changes_attention else ()),
         *([FuseLinears()] if plan.fuse else []),
         *([QuantizeLinears.for_plan(plan)] if plan.quantizes else []),
         FuseNeighbours(),
         UseVnni(),
-        *([UseInt8Attention()] if plan.attention == "int8" else []),
         HoistWeights(),
     )
 
 
 @dataclass(frozen=True)
 class Rewritten:
-    """A graph after the passes: what was found in it, what was done to it, and the weights' prologue."""
+    """A graph after the passes: what was found in it, what was done to it, and the weights' prologue.
+
+    The graph returns the outputs that it was captured with, then ``gauges``, then ``state``.
+    """
 
     graph: fx.GraphModule
     structure: Structure
     reports: tuple[PassReport, ...]
     state: StateSpec
     prologue: Prologue | None
+    gauges: tuple[Gauge, ...] = ()
 
 
 def rewrite(capture: Capture, plan: Plan, passes: tuple[Pass, ...] | None = None) -> Rewritten:
@@ -85,7 +90,7 @@ def rewrite(capture: Capture, plan: Plan, passes: tuple[Pass, ...] | None = None
             continue
         reports.append(_run(item, graph, ctx, outputs, number))
     prologue = graph.meta.pop(HoistWeights.PROLOGUE, None)
-    return Rewritten(graph, ctx.structure, tuple(reports), StateSpec(tuple(ctx.state)), prologue)
+    return Rewritten(graph, ctx.structure, tuple(reports), StateSpec(tuple(ctx.state)), prologue, tuple(ctx.gauges))
 
 
 def _run(item: Pass, graph: fx.GraphModule, ctx: PassContext, outputs: list[str], number: int) -> PassReport:

@@ -11,18 +11,24 @@ import json
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ditc.kernels.formats import FORMATS
 
 from .errors import PlanError
-from .structure import Role
+from .structure import AttentionKind, Role
 
 Format = Literal["int8", "fp8", "mxfp8", "mxfp4", "nvfp4"]
 Quantize = Literal["none", "auto", "int8", "fp8", "mxfp8", "mxfp4", "nvfp4"]
+Threshold = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Positions = Annotated[int, Field(ge=0)]
+Attention = Literal["auto", "native", "int8", "fp8", "nvfp4"]
 Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+
+KINDS: tuple[str, ...] = get_args(AttentionKind)
+"""Kinds of attention sites by which a plan's tables name them, beside ``*`` for the rest."""
 
 
 class Plan(BaseModel):
@@ -46,15 +52,17 @@ class Plan(BaseModel):
         None, description="file written by ditc.calibrate: static ranges, smoothing, measured errors"
     )
     error_budget: float = Field(
-        20.0, ge=0, le=200, description="least SQNR in dB of a linear's output that quantize='auto' accepts"
+        20.0, ge=0, le=200, description="least SQNR in dB of an output that quantize='auto' and attention='auto' accept"
     )
     lowrank: int = Field(
         0, ge=0, le=1024, description="rank of a high-precision branch beside each quantised linear (SVDQuant)"
     )
     cost_table: str | None = Field(None, description="file with measured times of this device, instead of ditc's own")
-    precise_first: int = Field(0, ge=0, description="steps at the start of a generation that are not quantised")
+    precise_first: int = Field(0, ge=0, description="steps at the start of a generation that run at full precision")
     precise_last: int = Field(
-        0, ge=0, description="steps at the end that are not quantised; needs ditc.session(steps=...) or ditc.generate"
+        0,
+        ge=0,
+        description="steps at the end that run at full precision; needs ditc.session(steps=...) or ditc.generate",
     )
     free_originals: bool = Field(
         False, description="release weights once they are packed: the module itself cannot run any more"
@@ -63,8 +71,20 @@ class Plan(BaseModel):
     fp32_matmul: Literal["default", "onednn"] = Field(
         "default", description="who multiplies fp32 matrices on a CPU; onednn is refused where it is not fp32-accurate"
     )
-    attention: Literal["native", "int8"] = Field(
-        "native", description="int8: attention without a mask on 8-bit integers, on CPUs with AVX512-VNNI"
+    attention: Attention | dict[str, Attention] = Field(
+        "native",
+        description="how attention is computed: as the model has it, on operands of few bits, or 'auto' for the "
+        "fastest that keeps error_budget; or a table from kinds of sites ('self', 'cross', 'joint'; '*' for the rest)",
+    )
+    attention_sparse: Threshold | dict[str, Threshold] = Field(
+        0.0,
+        description="blocks of keys whose pooled weight is below this part of the largest are skipped (0: none); "
+        "one for all sites or a table by kind",
+    )
+    attention_window: Positions | dict[str, Positions] = Field(
+        0,
+        description="positions that a token sees to each side where self-attention runs along one axis of a grid, "
+        "such as frames (0: all); one for all sites or a table by kind",
     )
     weights: Literal["watch", "frozen"] = Field(
         "watch", description="watch: packed weights follow every edit of the module; frozen: packed once per module"
@@ -87,6 +107,7 @@ class Plan(BaseModel):
         if isinstance(self.quantize, dict):
             self._check_roles(self.quantize)
         self._check_quantisation()
+        self._check_attention()
         return self
 
     @staticmethod
@@ -105,9 +126,16 @@ class Plan(BaseModel):
     def _check_quantisation(self) -> None:
         if not self.quantizes:
             defaults = type(self).model_fields
-            for name in ("activations", "lowrank", "precise_first", "precise_last", "free_originals"):
+            for name in ("activations", "lowrank", "free_originals"):
                 if getattr(self, name) != defaults[name].default:
                     raise ValueError(f"{name}={getattr(self, name)!r} needs something quantised, and quantize='none'")
+        if not self.quantizes and not self.changes_attention:
+            for name in ("precise_first", "precise_last"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"{name}={getattr(self, name)!r} needs something that is not precise, and quantize='none' and "
+                        "attention='native'"
+                    )
         if self.activations == "static":
             if self.calibration is None:
                 raise ValueError("activations='static' needs ranges: calibration='file written by ditc.calibrate'")
@@ -122,6 +150,61 @@ class Plan(BaseModel):
             raise ValueError(
                 "free_originals=True releases what precise_first and precise_last run on: drop one of them"
             )
+
+    def _check_attention(self) -> None:
+        for name in ("attention", "attention_sparse", "attention_window"):
+            table = getattr(self, name)
+            if not isinstance(table, dict):
+                continue
+            if not table:
+                raise ValueError(f"{name} is an empty table: name a kind ({', '.join(KINDS)}, or '*'), or leave it out")
+            for kind in table:
+                if kind != "*" and kind not in KINDS:
+                    near = difflib.get_close_matches(kind, KINDS, n=1)
+                    hint = f"did you mean {near[0]!r}?" if near else f"known kinds: {', '.join(KINDS)}, and '*'"
+                    raise ValueError(f"{name} has no kind of attention {kind!r}: {hint}")
+        for kind in (kind for kind in KINDS if self.attention_for(kind) == "native"):
+            asked = {"attention_sparse": self.sparse_for(kind), "attention_window": self.window_for(kind)}
+            for name, value in asked.items():
+                if value and self._asks(name, kind):
+                    raise ValueError(
+                        f"{name}={value!r} needs a kernel that skips keys, and {kind} attention stays native: choose "
+                        "'auto', 'int8', 'fp8' or 'nvfp4' for it"
+                    )
+        if isinstance(self.attention_window, dict):
+            for kind in ("cross", "joint"):
+                if self.attention_window.get(kind):
+                    raise ValueError(
+                        f"attention_window has no meaning for {kind} attention, whose queries and keys are not "
+                        "positions along one axis: name 'self'"
+                    )
+
+    def _asks(self, name: str, kind: str) -> bool:
+        """Whether an option is meant for this kind: tables name it; one value for all is meant for what changes."""
+        value = getattr(self, name)
+        if isinstance(value, dict):
+            return kind in value or ("*" in value and not self.changes_attention)
+        return not self.changes_attention
+
+    @property
+    def changes_attention(self) -> bool:
+        """Whether any kind of attention is to be computed otherwise than the model has it."""
+        return any(self.attention_for(kind) != "native" for kind in KINDS)
+
+    def attention_for(self, kind: str) -> Attention:
+        """What ``attention`` says of sites of this kind."""
+        found: Attention = _by_kind(self.attention, kind, "native")
+        return found
+
+    def sparse_for(self, kind: str) -> float:
+        """The threshold of ``attention_sparse`` for sites of this kind; 0 for none."""
+        found: float = _by_kind(self.attention_sparse, kind, 0.0)
+        return found
+
+    def window_for(self, kind: str) -> int:
+        """The positions to each side that ``attention_window`` leaves sites of this kind; 0 for all."""
+        found: int = _by_kind(self.attention_window, kind, 0)
+        return found
 
     @property
     def formats(self) -> frozenset[str]:
@@ -184,7 +267,9 @@ class Plan(BaseModel):
     def to_options(self) -> dict[str, Any]:
         """The plan as ``torch.compile``'s ``options``; every field that has a value is written, so equal plans share
         graphs."""
-        return self.model_dump(mode="json", exclude_none=True)
+        values = self.model_dump(mode="json", exclude_none=True)
+        # a table means the same in any order
+        return {name: dict(sorted(v.items())) if isinstance(v, dict) else v for name, v in values.items()}
 
     def to_toml(self) -> str:
         """Stable text: every field, in the order of their declaration."""
@@ -197,6 +282,11 @@ class Plan(BaseModel):
     def __str__(self) -> str:
         changed = self.model_dump(exclude_defaults=True)
         return ", ".join(f"{name}={value}" for name, value in changed.items()) or "default"
+
+
+def _by_kind(value: Any, kind: str, default: Any) -> Any:
+    """What a value for all kinds, or a table of them, says of one."""
+    return value.get(kind, value.get("*", default)) if isinstance(value, dict) else value
 
 
 def _toml(value: Any) -> str:

@@ -119,8 +119,10 @@ def verify(graph: fx.GraphModule, before: Before, report: PassReport, ctx: PassC
     outputs = output_types(graph)
     if outputs[: len(before.outputs)] != before.outputs:
         refuse(f"outputs were {before.outputs} and are {outputs}")
-    if len(outputs) - len(before.outputs) != len(ctx.state):
-        refuse(f"{len(ctx.state)} state entries are declared, {len(outputs) - len(before.outputs)} are returned")
+    more = len(outputs) - len(before.outputs)
+    if more != len(ctx.state) + len(ctx.gauges):
+        gauges = f" and {len(ctx.gauges)} gauges" if ctx.gauges else ""
+        refuse(f"{len(ctx.state)} state entries{gauges} are declared, {more} are returned")
     if report.requested and not report.rewrites and report.skipped:
         reasons = sorted({skip.reason for skip in report.skipped})
         raise PassError(

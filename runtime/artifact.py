@@ -69,6 +69,18 @@ class StateSpec:
 
 
 @dataclass(frozen=True)
+class Gauge:
+    """Something that a program measures at every call: float32, one value for each label.
+
+    Unlike state nobody reads it in the next step, it belongs to no trajectory, and precise steps may lack it; so it is
+    summed up per module, on the device, until somebody asks.
+    """
+
+    name: str
+    labels: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Where a program came from: the plan's TOML, the versions of what compiled it, a hash of the rewritten graph.
 
@@ -110,7 +122,7 @@ class Artifact:
 
     Attributes:
         segments: run one after the other; the first takes ``[kept inputs, packed weights, state]``, each next one what
-            the one before returned; the last returns ``[outputs, new state]``.
+            the one before returned; the last returns ``[outputs, gauges, new state]``.
         prepare: the prologue, which packs weights, in pieces; empty where nothing is packed.
         prepare_inputs: positions among the caller's inputs of the weights that ``prepare`` reads.
         releasable: positions among the caller's inputs of the weights that are released once they are packed.
@@ -121,6 +133,7 @@ class Artifact:
         timestep: position of the timestep input, or ``None`` where the analysis found none.
         watch_weights: whether edits of the weights are looked for at every call.
         fp32_matmul: who multiplies fp32 matrices while the program runs (``default`` or ``onednn``).
+        gauges: what the program measures beside its outputs.
         precise: the same graph without quantisation, for the first and last steps of a generation, or ``None``.
         precise_first, precise_last: how many steps at the start and at the end run ``precise``.
 
@@ -141,6 +154,7 @@ class Artifact:
     timestep: int | None = None
     watch_weights: bool = True
     fp32_matmul: str = "default"
+    gauges: tuple[Gauge, ...] = ()
     precise: Artifact | None = None
     precise_first: int = 0
     precise_last: int = 0

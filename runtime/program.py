@@ -6,7 +6,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,11 +31,19 @@ def programs_of(module: torch.nn.Module) -> list[Program]:
 
 @dataclass
 class _Owner:
-    """A weight by which a module is known, and the calls made with it."""
+    """A weight by which a module is known, the calls made with it, and the sums of what they measured."""
 
     weight: weakref.ref[Any]
     calls: int = 0
     precise: int = 0
+    gauges: dict[str, tuple[torch.Tensor, int]] = field(default_factory=dict)
+
+    def add(self, name: str, values: torch.Tensor) -> None:
+        """Takes note of a gauge's values, without waiting for a GPU."""
+        with torch.no_grad():
+            # a tensor of a CUDA graph is overwritten by the next replay: the first value is copied, the rest added up
+            total, count = self.gauges.get(name, (None, 0))
+            self.gauges[name] = (values.clone() if total is None else total + values), count + 1
 
 
 class _Variant:
@@ -107,17 +115,21 @@ class Program:
         artifact = self.artifact
         slot = self._slot(inputs) if self._needs_slot else Slot()
         variant = self._variant(slot.calls)
-        self._count_call(inputs, variant is self._precise)
+        owner = self._count_call(inputs, variant is self._precise)
         state: tuple[torch.Tensor, ...] = ()
         if artifact.state.entries:
             state = slot.tensors or artifact.state.initial(self._device(inputs))
         outputs = variant(inputs, state, thorough=slot.calls == 0)
-        kept_state = len(artifact.state.entries)
-        if not kept_state:
-            slot.commit(())
+        gauges = variant.artifact.gauges
+        own = len(outputs) - len(artifact.state.entries) - len(gauges)
+        slot.commit(tuple(outputs[own + len(gauges) :]))
+        if not gauges and not artifact.state.entries:
             return outputs
-        slot.commit(tuple(outputs[-kept_state:]))
-        return outputs[:-kept_state]
+        if owner is not None:
+            with self._lock:
+                for gauge, values in zip(gauges, outputs[own:], strict=False):
+                    owner.add(gauge.name, values)
+        return outputs[:own]
 
     def _variant(self, step: int) -> _Variant:
         """What runs at the ``step``-th call (from 0) of a branch. Calls beyond the announced number are precise."""
@@ -148,10 +160,10 @@ class Program:
         first: torch.Tensor = next(inputs[i] for i in self.artifact.data_inputs)
         return first.device
 
-    def _count_call(self, inputs: tuple[Any, ...], precise: bool) -> None:
+    def _count_call(self, inputs: tuple[Any, ...], precise: bool) -> _Owner | None:
         self.calls += 1
         if self.artifact.owner is None:
-            return
+            return None
         weight = inputs[self.artifact.owner]
         entry = self._owners.get(id(weight))
         if entry is None or entry.weight() is not weight:
@@ -160,6 +172,7 @@ class Program:
                 self._owners[id(weight)] = entry = _Owner(weakref.ref(weight))
         entry.calls += 1
         entry.precise += precise
+        return entry
 
     def calls_by(self, owned: dict[int, torch.Tensor]) -> int:
         """Calls made with one of these tensors (by ``id``) as a weight."""
@@ -168,6 +181,17 @@ class Program:
     def precise_calls_by(self, owned: dict[int, torch.Tensor]) -> int:
         """Those of :meth:`calls_by` that ran without quantisation because of their step."""
         return sum(entry.precise for entry in self._owned(owned))
+
+    def gauges_by(self, owned: dict[int, torch.Tensor]) -> dict[str, dict[str, float]]:
+        """By gauge and label, the mean over those of :meth:`calls_by` that measured; waits for the device."""
+        found: dict[str, dict[str, float]] = {}
+        for gauge in self.artifact.gauges:
+            sums = [entry.gauges[gauge.name] for entry in self._owned(owned) if gauge.name in entry.gauges]
+            if sums:
+                calls = sum(count for _, count in sums)
+                totals = torch.stack([total.cpu() for total, _ in sums]).sum(0) / calls
+                found[gauge.name] = dict(zip(gauge.labels, totals.tolist(), strict=True))
+        return found
 
     def _owned(self, owned: dict[int, torch.Tensor]) -> list[_Owner]:
         return [e for key, e in list(self._owners.items()) if key in owned and e.weight() is owned[key]]

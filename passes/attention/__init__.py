@@ -1,5 +1,6 @@
-"""How attention is computed."""
+"""How attention is computed.
 
-from .int8 import UseInt8Attention
-
-__all__ = ["UseInt8Attention"]
+Read in this order: ``written`` and ``product`` (attention spelled out, and the proof that it is one), ``recognise``
+(the pass that makes it one call), ``cost`` and ``decide`` (what becomes of each), ``emit`` and ``use`` (the pass that
+does it), ``observe`` (errors on a model's own operands, for calibrations).
+"""

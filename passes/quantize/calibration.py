@@ -1,4 +1,4 @@
-"""Calibration: what a model's linears see along real trajectories, as data, on disk, and asked for by a weight's name.
+"""Calibration: what a model's linears and attentions see along real trajectories, as data, on disk, asked for by name.
 
 Ranges of activations drift from step to step of a generation, so they are kept per step. How they are observed is
 told in ``observe``; here is what a compiler reads.
@@ -12,12 +12,13 @@ import math
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from rich.console import Group
 from rich.table import Table
 from torch import Tensor, fx
 
@@ -26,7 +27,7 @@ from ditc.kernels.formats import FORMATS
 from ..errors import DitcError
 from ..rewrite import input_of, is_weight, made_from_weights
 
-SCHEMA = 1
+SCHEMA = 2
 """Raised when a field of the file changes its meaning."""
 
 HEADER = "ditc_calibration"
@@ -78,6 +79,25 @@ class LinearRecord(BaseModel):
         return max(self.step_amax)
 
 
+class AttentionRecord(BaseModel):
+    """What was seen of the attentions of one name.
+
+    Attributes:
+        name: as the structure analysis has it: the path of its module.
+        kind: ``self``, ``cross`` or ``joint``.
+        steps: of a generation, at which its operands were looked at.
+        sqnr: per recipe (``int8`` for the CPU's op, else one of the kernels' ``RECIPES``), the SQNR in dB of its
+            output at each of those steps, on a part of its batch, heads and queries.
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+    name: str
+    kind: str
+    steps: tuple[int, ...] = Field(min_length=1)
+    sqnr: dict[str, tuple[float, ...]]
+
+
 class _Header(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -88,14 +108,15 @@ class _Header(BaseModel):
     timesteps: tuple[float | None, ...]
     notes: tuple[str, ...]
     linears: tuple[LinearRecord, ...]
+    attentions: tuple[AttentionRecord, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Ranges and errors of every linear of a model, by the name of its weight. ``str()`` of it is a table.
+    """Ranges and errors of a model's linears, by the name of the weight, and of its attentions. ``str()`` is a table.
 
-    All look-ups take the name as the compiler knows it, also that of several weights made into one (``a + b``, as
-    after fusion): ranges are then the largest of the parts, SQNR the least.
+    Look-ups of linears take the name as the compiler knows it, also that of several weights made into one (``a + b``,
+    as after fusion): ranges are then the largest of the parts, SQNR the least.
 
     Attributes:
         model: the name of the model's class.
@@ -105,6 +126,7 @@ class Calibration:
         notes: what could not be observed, and why.
         records: by name.
         channels: by name, float32 ``[K]``: the largest magnitude of each channel of the input.
+        attentions: by the name of the site.
     """
 
     model: str
@@ -114,6 +136,7 @@ class Calibration:
     notes: tuple[str, ...]
     records: Mapping[str, LinearRecord]
     channels: Mapping[str, Tensor]
+    attentions: Mapping[str, AttentionRecord] = field(default_factory=dict)
 
     def __contains__(self, name: str) -> bool:
         return bool(self._find(name))
@@ -173,6 +196,12 @@ class Calibration:
             found.append(min(steps))
         return min(found)
 
+    def attention_sqnr(self, name: str, recipe: str) -> float | None:
+        """The SQNR in dB of an attention's output at its worst step; ``None`` where that was not measured."""
+        record = self.attentions.get(name)
+        steps = record.sqnr.get(recipe) if record is not None else None
+        return min(steps) if steps else None
+
     def drift(self, name: str) -> float:
         """The largest ``amax`` of a step by the smallest: 1 where the range stays the same; ``inf`` from zero.
 
@@ -212,6 +241,7 @@ class Calibration:
             timesteps=self.timesteps,
             notes=self.notes,
             linears=tuple(self.records.values()),
+            attentions=tuple(self.attentions.values()),
         )
         data = to_bytes({n: t.contiguous() for n, t in self.channels.items()}, {HEADER: header.model_dump_json()})
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -239,12 +269,29 @@ class Calibration:
             header.notes,
             {record.name: record for record in header.linears},
             channels,
+            {record.name: record for record in header.attentions},
         )
         if model is not None:
             found.check(model)
         return found
 
-    def __rich__(self) -> Table:
+    def __rich__(self) -> Group:
+        return Group(self._linears_table(), *([self._attentions_table()] if self.attentions else []))
+
+    def _attentions_table(self) -> Table:
+        table = Table(title=f"{len(self.attentions)} attentions", title_justify="left")
+        recipes = list(dict.fromkeys(recipe for record in self.attentions.values() for recipe in record.sqnr))
+        table.add_column("attention", overflow="fold")
+        table.add_column("kind")
+        for column in ("steps", *(f"{recipe} dB" for recipe in recipes)):
+            table.add_column(column, justify="right")
+        for name, record in self.attentions.items():
+            errors = [self.attention_sqnr(name, recipe) for recipe in recipes]
+            cells = ("-" if error is None else f"{error:.1f}" for error in errors)
+            table.add_row(name, record.kind, str(len(record.steps)), *cells)
+        return table
+
+    def _linears_table(self) -> Table:
         seen = f"{len(self.records)} linears, {len(self.timesteps)} step{'s' if len(self.timesteps) > 1 else ''}"
         table = Table(title=f"ditc: calibration of {self.model}, {seen}", title_justify="left")
         formats = [name for name in FORMATS if any(name in record.sqnr for record in self.records.values())]

@@ -1,4 +1,4 @@
-"""Observation: runs captured graphs node by node and keeps what calibration needs of every linear's input."""
+"""Observation: runs captured graphs node by node and keeps what calibration needs of linears and attentions."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from torch import Tensor, fx
 
 from ditc.kernels.formats import FORMATS, Format
 
+from ..attention.decide import unfit
+from ..attention.observe import errors_of, recipes_of
+from ..attention.recognise import SITE, RecogniseAttention
 from ..backend import reason_to_pass_through, versions
 from ..capture import capture_dynamo, graph_inputs
 from ..errors import CaptureError
@@ -22,7 +25,16 @@ from ..pipeline import rewrite
 from ..plan import Plan
 from ..rewrite import aten, calls, facts_of
 from ..structure import Role
-from .calibration import EXACT_DB, JOIN, Calibration, CalibrationError, LinearRecord, fingerprint_of, weight_parts
+from .calibration import (
+    EXACT_DB,
+    JOIN,
+    AttentionRecord,
+    Calibration,
+    CalibrationError,
+    LinearRecord,
+    fingerprint_of,
+    weight_parts,
+)
 
 SAMPLE = 256
 """Rows of an input, and output channels of a weight, on which the error of a format is measured: evenly spread ones,
@@ -41,6 +53,14 @@ class _Site:
 
 
 @dataclass
+class _AttentionTally:
+    """What is known of the attentions of one name so far: energy of output and error by recipe and step."""
+
+    kind: str
+    energy: dict[str, dict[int, tuple[Tensor, Tensor]]] = field(default_factory=dict)
+
+
+@dataclass
 class _Tally:
     """What is known of one linear so far, as tensors on its device: nothing waits for a GPU before the end."""
 
@@ -56,7 +76,7 @@ class _Tally:
 
 @dataclass(eq=False)
 class Observer:
-    """A backend for ``torch.compile`` that runs each graph as captured and records its linears.
+    """A backend for ``torch.compile`` that runs each graph as captured and records its linears and attentions.
 
     Attributes:
         model: whose parameters name the linears: a graph of a submodule alone does not know where that stands. Weak,
@@ -70,6 +90,7 @@ class Observer:
     formats: Sequence[Format] = tuple(FORMATS.values())
     graph_calls: int = 0
     _tallies: dict[str, _Tally] = field(default_factory=dict)
+    _attentions: dict[str, _AttentionTally] = field(default_factory=dict)
     _timesteps: dict[int, float | None] = field(default_factory=dict)
     _notes: dict[str, None] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -86,7 +107,7 @@ class Observer:
             else:
                 reason = capture.unsupported
         if reason is None:
-            return _ObservedGraph(self, *_prepare(capture))
+            return _ObservedGraph(self, _prepare(capture))
         self._notes[f"a graph was not observed: {reason}"] = None
 
         def unobserved(*inputs: Any) -> Any:
@@ -141,10 +162,26 @@ class Observer:
             amax = channels_K.amax()
             before = tally.step_amax.get(step)
             tally.step_amax[step] = amax if before is None else torch.maximum(before, amax)
-            for key, (signal, noise) in errors.items():
-                steps = tally.energy.setdefault(key, {})
-                old = steps.get(step)
-                steps[step] = (signal, noise) if old is None else (old[0] + signal, old[1] + noise)
+            for key, found in errors.items():
+                _add(tally.energy.setdefault(key, {}), step, found)
+
+    def record_attention(self, name: str, kind: str, node: fx.Node, arguments: Sequence[Any], step: int) -> None:
+        """Takes note of one call of an attention, at steps 0, 1, 2, 4, 8 and so on: the errors of all recipes take
+        longer than the attention.
+
+        Args:
+            name, kind: as the structure analysis has them.
+            node: the ``scaled_dot_product_attention``.
+            arguments: what its positional arguments are in this call.
+            step: of the generation.
+        """
+        if step & (step - 1):
+            return
+        found = errors_of(arguments, node.kwargs.get("scale"), recipes_of(self.formats))  # type: ignore[arg-type]
+        with self._lock:
+            tally = self._attentions.setdefault(name, _AttentionTally(kind))
+            for recipe, energy in found.items():
+                _add(tally.energy.setdefault(recipe, {}), step, energy)
 
     def saw(self, step: int, timestep: float | None) -> None:
         """Takes note of the timestep that a step had."""
@@ -161,6 +198,7 @@ class Observer:
             CalibrationError: nothing was called, no linear was seen, or an input held NaN or infinity.
         """
         tallies, self._tallies = self._tallies, {}
+        attentions, self._attentions = self._attentions, {}
         model = self._model()
         name = type(model).__name__
         if not self.graph_calls:
@@ -176,50 +214,65 @@ class Observer:
             notes=tuple(self._notes),
             records={weight: _record(weight, tally) for weight, tally in tallies.items()},
             channels={weight: tally.channels.cpu() for weight, tally in tallies.items()},
+            attentions={name: _attention_record(name, tally) for name, tally in attentions.items()},
         )
 
 
-def _prepare(capture: Any) -> tuple[fx.GraphModule, dict[str, _Site], int | None]:
-    """The canonical graph, its linears by node, and the position of the timestep among its inputs."""
-    rewritten = rewrite(capture, Plan(), passes=())
+@dataclass(frozen=True)
+class _Prepared:
+    """A graph to be run: its linears and attentions (name, kind) by node, where its timestep is among its inputs."""
+
+    graph: fx.GraphModule
+    linears: dict[str, _Site]
+    attentions: dict[str, tuple[str, str]]
+    timestep: int | None
+
+
+def _prepare(capture: Any) -> _Prepared:
+    """The canonical graph, with attentions as one call each where that can be proven."""
+    rewritten = rewrite(capture, Plan(), passes=(RecogniseAttention(everywhere=True),))
     graph = rewritten.graph
     placeholders = graph.graph.find_nodes(op="placeholder")
     position = {node: index for index, node in enumerate(placeholders)}
-    sites = {}
+    linears = {}
     for node in calls(graph, aten.linear.default):
         facts = facts_of(node)
         parts = weight_parts(node.args[1])  # type: ignore[arg-type]
         if facts is not None and facts.role not in (None, Role.UNKNOWN) and parts:
-            sites[node.name] = _Site(facts.role, tuple(position[part] for part in parts))
+            linears[node.name] = _Site(facts.role, tuple(position[part] for part in parts))
+    nodes = {node.meta.get(SITE, node.name): node for node in graph.graph.nodes}
+    attentions: dict[str, tuple[str, str]] = {
+        nodes[site.node].name: (site.name, site.kind)
+        for site in rewritten.structure.attentions
+        if site.node in nodes and unfit(site, nodes[site.node]) is None
+    }
     found = rewritten.structure.timestep
     timestep = next((position[node] for node in placeholders if found is not None and node.name == found.node), None)
-    return graph, sites, timestep
+    return _Prepared(graph, linears, attentions, timestep)
 
 
 class _ObservedGraph:
     """One graph as a callable that records while its observer is open."""
 
-    def __init__(
-        self, observer: Observer, graph: fx.GraphModule, sites: Mapping[str, _Site], timestep: int | None
-    ) -> None:
-        self._observer, self._graph, self._sites, self._timestep = observer, graph, sites, timestep
-        self._inputs = graph_inputs(graph)
+    def __init__(self, observer: Observer, prepared: _Prepared) -> None:
+        self._observer, self._prepared = observer, prepared
+        self._inputs = graph_inputs(prepared.graph)
 
     def __call__(self, *inputs: Any) -> Any:
-        observer = self._observer
+        observer, prepared = self._observer, self._prepared
         with torch.no_grad():
             if not observer.is_open:
-                return self._graph(*inputs)
+                return prepared.graph(*inputs)
             observer.graph_calls += 1
             shapes = tuple(tuple(x.shape) for x, fact in zip(inputs, self._inputs, strict=True) if fact.kind == "data")
             timestep = None
-            if self._timestep is not None and inputs[self._timestep].numel():
-                timestep = float(inputs[self._timestep].reshape(-1)[0])
+            if prepared.timestep is not None and inputs[prepared.timestep].numel():
+                timestep = float(inputs[prepared.timestep].reshape(-1)[0])
             step = observer.find_step(self, shapes, timestep)
             observer.saw(step, timestep)
             known = observer.paths()
-            names = {node: self._name(site, inputs, known) for node, site in self._sites.items()}
-            return _Recording(self._graph, observer, self._sites, names, step).run(*inputs)
+            names = {node: self._name(site, inputs, known) for node, site in prepared.linears.items()}
+            return _Recording(observer, prepared, names, step).run(*inputs)
 
     def _name(self, site: _Site, inputs: Sequence[Any], known: Mapping[int, list[str]]) -> str:
         """The paths of a linear's weights in the whole model; of tied weights the one that the graph knows."""
@@ -231,25 +284,22 @@ class _ObservedGraph:
 
 
 class _Recording(fx.Interpreter):
-    """Runs a graph once and shows the operands of its linears to the observer."""
+    """Runs a graph once and shows the operands of its linears and attentions to the observer."""
 
-    def __init__(
-        self,
-        graph: fx.GraphModule,
-        observer: Observer,
-        sites: Mapping[str, _Site],
-        names: Mapping[str, str],
-        step: int,
-    ) -> None:
-        super().__init__(graph)
+    def __init__(self, observer: Observer, prepared: _Prepared, names: Mapping[str, str], step: int) -> None:
+        super().__init__(prepared.graph)
         self.extra_traceback = False
-        self._observer, self._sites, self._names, self._step = observer, sites, names, step
+        self._observer, self._prepared, self._names, self._step = observer, prepared, names, step
 
     def run_node(self, n: fx.Node) -> Any:
-        site = self._sites.get(n.name)
-        if site is not None:
+        linear = self._prepared.linears.get(n.name)
+        if linear is not None:
             (x, weight, *_), _ = self.fetch_args_kwargs_from_env(n)
-            self._observer.record(self._names[n.name], site.role, x, weight, self._step)
+            self._observer.record(self._names[n.name], linear.role, x, weight, self._step)
+        attention = self._prepared.attentions.get(n.name)
+        if attention is not None:
+            arguments, _ = self.fetch_args_kwargs_from_env(n)
+            self._observer.record_attention(*attention, n, arguments, self._step)
         return super().run_node(n)
 
 
@@ -295,6 +345,22 @@ def _record(name: str, tally: _Tally) -> LinearRecord:
         sqnr={format: values for (activations, format), values in errors.items() if activations == "dynamic"},
         weight_sqnr={format: values for (activations, format), values in errors.items() if activations == "none"},
     )
+
+
+def _attention_record(name: str, tally: _AttentionTally) -> AttentionRecord:
+    steps = sorted({step for energies in tally.energy.values() for step in energies})
+    sqnr = {}
+    for recipe, energies in tally.energy.items():
+        found = [tuple(map(float, energies[step])) for step in steps]
+        if not all(math.isfinite(signal) and math.isfinite(noise) for signal, noise in found):
+            raise CalibrationError(f"operands of the attention {name} held NaN or infinity: the model diverged")
+        sqnr[recipe] = tuple(_decibels(signal, noise) for signal, noise in found)
+    return AttentionRecord(name=name, kind=tally.kind, steps=tuple(steps), sqnr=sqnr)
+
+
+def _add(steps: dict[int, tuple[Tensor, Tensor]], step: int, energy: tuple[Tensor, Tensor]) -> None:
+    old = steps.get(step)
+    steps[step] = energy if old is None else (old[0] + energy[0], old[1] + energy[1])
 
 
 def _decibels(signal: float, noise: float) -> float:

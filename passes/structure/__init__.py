@@ -9,6 +9,7 @@ operations), and ``table`` (the report).
 from .analysis import analyse
 from .facts import (
     FACTS,
+    AttentionKind,
     AttentionSite,
     Block,
     Embedder,
@@ -26,6 +27,7 @@ from .facts import (
 
 __all__ = [
     "FACTS",
+    "AttentionKind",
     "AttentionSite",
     "Block",
     "Embedder",

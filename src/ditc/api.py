@@ -53,8 +53,10 @@ def compile(
 class ProgramStats:
     """What one compiled graph did for one module.
 
-    ``untouched`` says why the graph runs as captured, or is ``None``. ``precise_calls`` are the calls that ran without
-    quantisation because of their step. ``packs`` counts how often weights were packed, over all modules that share the
+    ``untouched`` says why the graph runs as captured, or is ``None``. ``precise_calls`` are the calls that ran at full
+    precision because of their step. ``measured`` holds what the graph measured at its other calls, as means over them,
+    by name and label: under ``attention kept`` the part of all blocks of keys that each sparse attention looked at.
+    ``packs`` counts how often weights were packed, over all modules that share the
     graph; ``memory`` is what that holds now (a graph that finds everything packed by another holds it too), and
     ``unreleased`` names the weights that ``free_originals`` could not release, with the reason.
     """
@@ -71,6 +73,7 @@ class ProgramStats:
     state_bytes_per_branch: int
     precise_calls: int = 0
     unreleased: Mapping[str, str] = field(default_factory=dict)
+    measured: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     @property
     def packed_bytes(self) -> int:
@@ -83,6 +86,11 @@ class ProgramStats:
         found = [self.untouched] if self.untouched else list(self.notes)
         for reason, count in Counter(self.unreleased.values()).items():
             found.append(f"{count} weights not released: {reason}")
+        for name, values in self.measured.items():
+            mean, many = sum(values.values()) / len(values), len(values)
+            found.append(
+                f"{name} {mean:.3g} ({min(values.values()):.3g} to {max(values.values()):.3g}) of {many} sites"
+            )
         return "; ".join(found)
 
 
@@ -151,6 +159,7 @@ def stats(compiled: torch.nn.Module) -> Stats:
                 program.artifact.state.bytes,
                 program.precise_calls_by(owned),
                 {name: reason for cache in program.caches for name, reason in cache.unreleased().items()},
+                program.gauges_by(owned),
             )
         )
     return Stats(tuple(found))

@@ -1,4 +1,4 @@
-"""``ditc.calibrate``: ranges and errors of a model's linears, from whole generations."""
+"""``ditc.calibrate``: ranges and errors of a model's linears and attentions, from whole generations."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["Calibration", "CalibrationError", "calibrate"]
 def calibrate(
     model: torch.nn.Module, run: Callable[[torch.nn.Module], Any], *, formats: Sequence[str] | None = None
 ) -> Calibration:
-    """Observes every linear of ``model`` while ``run`` generates with it.
+    """Observes every linear and attention of ``model`` while ``run`` generates with it.
 
     Activations drift along the steps of a generation, so ``run`` performs whole ones, with the sampler, the number of
     steps and the guidance that will be used later::
@@ -33,13 +33,17 @@ def calibrate(
         calibration = ditc.calibrate(pipeline.transformer, run)
         calibration.save("transformer.calibration.safetensors")
 
+    Of an attention, errors are measured at steps 0, 1, 2, 4, 8 and so on, on at most two elements of the batch, two
+    heads and 256 queries, with all of their keys: a sample that bounds time and memory.
+
     The model runs in evaluation mode, without gradients and unquantised; it is left as it was. Steps are told apart as
     :func:`ditc.session` has them: by session and branch, or else by the timestep.
 
     Args:
         model: a diffusion transformer.
         run: takes a module to be called in place of ``model`` and performs generations. What it returns is ignored.
-        formats: whose errors are measured; all when ``None``.
+        formats: whose errors are measured, in linears and in recipes of attention that need no others; all when
+            ``None``.
 
     Returns:
         A :class:`Calibration`: ``str()`` of it is a table, ``save`` and ``load`` keep it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_module
 import sys
+import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -63,7 +64,11 @@ def _parse_option(text: str) -> tuple[str, Any]:
     name, separator, value = text.partition("=")
     if not separator:
         raise typer.BadParameter(f"{text!r} is not NAME=VALUE")
-    return name, {"true": True, "false": False}.get(value, value)
+    try:
+        # a number, true, false, or a table: {"self" = "int8"}
+        return name, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return name, value
 
 
 def _register() -> None:

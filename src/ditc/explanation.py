@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import fx
 
+from ditc.passes.attention.use import UseAttention
 from ditc.passes.backend import reason_to_pass_through
 from ditc.passes.base import PassReport
 from ditc.passes.capture import capture_dynamo
@@ -56,9 +57,10 @@ class Explanation:
         parts: list[RenderableType] = [Text(f"ditc explain: {self.model}", style="bold"), Text(f"plan: {self.plan}")]
         parts.append(render(self.structure))
         parts.append(_passes_table(self.passes))
-        decisions = [row for report in self.passes for row in report.decisions]
-        if decisions:
-            parts.append(_decisions_table(decisions))
+        for report in self.passes:
+            if report.decisions:
+                attends = report.name == UseAttention.name
+                parts.append((_attentions_table if attends else _linears_table)(report.decisions))
         if self.notes:
             parts.append(Text("notes", style="bold"))
             parts += [Text(f"  {note}") for note in self.notes]
@@ -212,28 +214,58 @@ def _passes_table(passes: tuple[PassReport, ...]) -> Table:
     return table
 
 
-def _decisions_table(decisions: list[Mapping[str, Any]]) -> Table:
+def _linears_table(decisions: Sequence[Mapping[str, Any]]) -> Table:
     """What becomes of each linear; the linears of many blocks that share a fate share a row."""
-    table = Table(title="linears", title_justify="left")
-    for column in ("role", "linears", "M × N × K", "format", "SQNR dB", "gain ×"):
-        table.add_column(column, justify="left" if column in ("role", "format") else "right")
-    table.add_column("why")
-    fates: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
-    for row in decisions:
-        key = tuple(row[name] for name in ("role", "M", "N", "K", "format", "activations", "reason"))
-        fates.setdefault(key, []).append(row)
-    for (role, M, N, K, format, activations, reason), rows in fates.items():
-        how = {"dynamic": format, "static": f"{format} static", "none": f"{format} weight-only"}[activations]
-        sqnr = [row["sqnr"] for row in rows if row["sqnr"] is not None]
-        gain = rows[0]["gain"]
-        table.add_row(
-            role,
-            str(len(rows)),
-            f"{M} × {N} × {K}",
-            "kept" if format == "none" else how,
-            # of a calibrated model the worst of the linears of this row
-            f"{min(sqnr):.1f}" if sqnr else "-",
-            "-" if gain is None else f"{gain:.2f}",
-            reason,
-        )
+    table = _table("linears", ("role", "linears", "M × N × K", "format"))
+    for rows in _fates(decisions, ("role", "M", "N", "K", "format", "activations", "reason")):
+        row = rows[0]
+        how = {"dynamic": "", "static": " static", "none": " weight-only"}[row["activations"]]
+        format = "kept" if row["format"] == "none" else row["format"] + how
+        size = f"{row['M']} × {row['N']} × {row['K']}"
+        table.add_row(row["role"], str(len(rows)), size, format, *_expected(rows), row["reason"])
     return table
+
+
+def _attentions_table(decisions: Sequence[Mapping[str, Any]]) -> Table:
+    """What becomes of each attention; the attentions of many blocks that share a fate share a row."""
+    table = _table(
+        "attentions", ("kind", "axis", "mask", "sites", "batch × heads", "queries × keys", "features", "how")
+    )
+    sizes = ("batch", "heads", "kv_heads", "q_len", "kv_len", "head_dim")
+    for rows in _fates(decisions, ("kind", "axis", "mask", *sizes, "recipe", "sparse", "window", "reason")):
+        row = rows[0]
+        heads = f"{row['heads']}" + (f" of {row['kv_heads']}" if row["kv_heads"] != row["heads"] else "")
+        how = [row["recipe"]]
+        how += [f"blocks above {row['sparse']:g}"] if row["sparse"] else []
+        how += [f"window {row['window']}"] if row["window"] else []
+        table.add_row(
+            row["kind"], row["axis"], row["mask"], str(len(rows)), f"{row['batch']} × {heads}",
+            f"{row['q_len']} × {row['kv_len']}", str(row["head_dim"]), "\n".join(how), *_expected(rows), row["reason"],
+        )  # fmt: skip
+    return table
+
+
+def _table(title: str, columns: tuple[str, ...]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        numeric = column in ("linears", "sites", "features") or "×" in column
+        table.add_column(column, justify="right" if numeric else "left")
+    for column in ("SQNR dB", "gain ×"):
+        table.add_column(column, justify="right")
+    table.add_column("why")
+    return table
+
+
+def _fates(decisions: Sequence[Mapping[str, Any]], names: tuple[str, ...]) -> list[list[Mapping[str, Any]]]:
+    """Rows that agree in all fields named."""
+    found: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in decisions:
+        found.setdefault(tuple(row[name] for name in names), []).append(row)
+    return list(found.values())
+
+
+def _expected(rows: list[Mapping[str, Any]]) -> tuple[str, str]:
+    """SQNR, of a calibrated model the worst of the rows, and gain."""
+    sqnr = [row["sqnr"] for row in rows if row["sqnr"] is not None]
+    gain = rows[0]["gain"]
+    return f"{min(sqnr):.1f}" if sqnr else "-", "-" if gain is None else f"{gain:.2f}"

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from ditc.passes.errors import PlanError
 from ditc.passes.plan import Plan
+from ditc.passes.quantize.linears import QuantizeLinears
 from ditc.runtime.checkpoints import LoadReport
 from ditc.runtime.checkpoints import load_and_quantize as load_layers
 
@@ -47,7 +48,7 @@ def formats_for(
     modules = dict(model.named_modules())
     found: dict[str, str] = {}
     for graph in report.graphs:
-        for row in (row for item in graph.passes for row in item.decisions):
+        for row in (row for item in graph.passes if item.name == QuantizeLinears.name for row in item.decisions):
             module = row["weight"].removesuffix(_SUFFIX)
             if row["format"] != "none" and isinstance(modules.get(module), torch.nn.Linear):
                 found[module] = row["format"]

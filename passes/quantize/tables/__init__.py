@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -91,7 +91,7 @@ class AttentionSection(_Strict):
         points: measured seconds that correct the roofline.
     """
 
-    exponentials: float | None = Field(None, gt=0)
+    exponentials: Annotated[float, Field(gt=0)] | None = None
     points: tuple[AttentionPoint, ...] = ()
 
 
@@ -156,7 +156,8 @@ class CostTable(_Strict):
 
     @model_validator(mode="after")
     def _rated(self) -> Self:
-        missing = {point.dtype for point in (*self.points, *self.attention.points)} - set(self.rates)
+        measured = {point.dtype for point in self.points} | {point.dtype for point in self.attention.points}
+        missing = measured - set(self.rates)
         if missing:
             raise ValueError(f"points of {', '.join(sorted(missing))}, which has no rate")
         return self
