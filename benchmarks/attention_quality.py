@@ -81,10 +81,8 @@ def variants() -> dict[str, Variant]:
             found[f"{name}, no query smoothing"] = Variant(dataclasses.replace(recipe, smooth_queries=False))
             plain = dataclasses.replace(recipe, smooth_keys=False, smooth_queries=False)
             found[f"{name}, no smoothing"] = Variant(plain)
-        else:
-            found[f"{name}, queries smoothed too"] = Variant(dataclasses.replace(recipe, smooth_queries=True))
         found[f"{name}, sum before rounding"] = Variant(recipe, exact_sum=True)
-    for threshold in (0.01, 0.03, 0.1, 0.3):
+    for threshold in (0.03, 0.1, 0.3):
         found[f"fp32, blocks from {threshold:g}"] = Variant(None, threshold=threshold)
     found["int8_fp8, blocks from 0.03"] = Variant(RECIPES["int8_fp8"], threshold=0.03)
     found["linears int8"] = Variant(None, linears=True)
