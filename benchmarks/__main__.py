@@ -8,6 +8,8 @@ from typing import Annotated
 import torch
 import typer
 
+from . import attention as attention_suite
+from . import attention_cost as attention_cost_suite
 from . import attention_quality as attention_quality_suite
 from . import formats as format_suite
 from . import guard_overhead as guard
@@ -120,6 +122,36 @@ def attention_quality(
     if threads is not None:
         torch.set_num_threads(threads)
     attention_quality_suite.run(clips_per_digit=clips_per_digit, only=only or [], save=save)
+
+
+@app.command()
+def attention(
+    tokens: Annotated[list[int] | None, typer.Option(help="queries and keys; may be repeated")] = None,
+    features: Annotated[list[int] | None, typer.Option(help="of a head; may be repeated")] = None,
+    rounds: Rounds = 15,
+    device: Device = None,
+    threads: Threads = None,
+    clock: ClockName = None,
+    save: Save = True,
+) -> None:
+    """One attention in low precision, beside torch's best: dense, with a padding mask, block-sparse."""
+    picked, kind = _setup(device, threads, clock)
+    attention_suite.run(picked, rounds=rounds, clock=kind, tokens=tokens or [], heads=features or [], save=save)
+
+
+@app.command()
+def attention_cost(
+    rounds: Rounds = 7,
+    quick: Annotated[bool, typer.Option("--quick", help="a corner of the grid")] = False,
+    install_table: Annotated[bool, typer.Option("--install-table", help="make it the compiler's table")] = False,
+    device: Device = None,
+    threads: Threads = None,
+    clock: ClockName = None,
+    save: Save = True,
+) -> None:
+    """One attention over a grid of sizes: the part of the cost table by which the compiler chooses attention."""
+    picked, kind = _setup(device, threads, clock)
+    attention_cost_suite.run(picked, rounds=rounds, clock=kind, quick=quick, install=install_table, save=save)
 
 
 if __name__ == "__main__":
