@@ -362,13 +362,13 @@ def test_layouts_do_not_matter(normal: Normal, name: str) -> None:
     packed = torch.cat([x.transpose(1, 2) for x in (k, v)], -1).transpose(1, 2)
     columns, one = k.mT.contiguous().mT, k[:, :, :1].expand(-1, -1, 30, -1)
     assert columns.stride(-1) != 1
-    # a product's order of summation may follow the layout
+    # the order in which a mean is summed follows the layout: a code on the edge between two may go to either side
     for found, same in (
         (attention(q.contiguous(), packed[..., :24], packed[..., 24:], name), wanted),
         (attention(q, columns, v, name), wanted),
         (attention(q, one, v, name), attention(q, one.contiguous(), v, name)),
     ):
-        assert torch.allclose(found, same, atol=1e-5)
+        assert sqnr(same, found) > 40
     assert all(torch.equal(x, was) for x, was in zip((q, k, v), before, strict=True))
 
 
@@ -401,9 +401,11 @@ def test_no_queries(normal: Normal) -> None:
         assert attention(q, k, v, name).shape == (1, 2, 0, 24)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiles_once_for_all_lengths(normal: Normal, name: str, backend: str) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("backend", "name"), [("aot_eager", "int8_fp16"), ("inductor", "int8_fp8"), ("inductor", "nvfp4")]
+)
+def test_compiles_once_for_all_lengths(normal: Normal, backend: str, name: str) -> None:
     """Quantiser, block map and op in one graph with symbolic lengths."""
 
     def block(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
