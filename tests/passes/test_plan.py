@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ditc.passes.errors import PlanError
-from ditc.passes.plan import Plan
+from ditc.passes.plan import KINDS, Plan
 from ditc.passes.structure import Role
 
 plans = st.builds(
@@ -23,7 +23,12 @@ plans = st.builds(
     precise_first=st.integers(0, 3),
     fuse=st.booleans(),
     fp32_matmul=st.sampled_from(["default", "onednn"]),
-    attention=st.sampled_from(["native", "int8"]),
+    attention=st.one_of(
+        st.sampled_from(["auto", "int8", "nvfp4"]),
+        st.dictionaries(st.sampled_from(["*", "self", "joint"]), st.sampled_from(["fp8", "auto"]), min_size=1),
+    ),
+    attention_sparse=st.floats(0, 1),
+    attention_window=st.integers(0, 9),
     weights=st.sampled_from(["watch", "frozen"]),
     mode=st.sampled_from(["default", "reduce-overhead", "max-autotune"]),
 )
@@ -58,6 +63,25 @@ def test_key_tells_plans_apart(a: Plan, b: Plan) -> None:
         ({"quantize": "mxfp8", "activations": "static", "calibration": "c"}, "impossible for mxfp8"),
         ({"quantize": "int8", "precise_first": 1, "free_originals": True}, "drop one of them"),
         ({"quantize": "auto", "error_budget": -1.0}, "greater than or equal to 0"),
+        ({"attention": "int4"}, "'auto', 'native', 'int8'"),
+        ({"attention": {}}, "empty table"),
+        ({"attention": {"joined": "int8"}}, "did you mean 'joint'"),
+        ({"attention": {"zzz": "int8"}}, "known kinds: self, cross, joint"),
+        ({"attention": {"self": "int4"}}, "'auto', 'native', 'int8'"),
+        ({"attention": "int8", "attention_sparse": 1.5}, "less than or equal to 1"),
+        ({"attention": "int8", "attention_sparse": float("nan")}, "finite number"),
+        ({"attention": "int8", "attention_sparse": {"self": -0.1}}, "greater than or equal to 0"),
+        ({"attention": "int8", "attention_sparse": {}}, "empty table"),
+        ({"attention": "int8", "attention_window": -1}, "greater than or equal to 0"),
+        ({"attention": "int8", "attention_window": 1.5}, "valid integer"),
+        ({"attention": "int8", "attention_window": {"slef": 2}}, "did you mean 'self'"),
+        ({"attention_sparse": 0.1}, "self attention stays native: choose 'auto', 'int8'"),
+        ({"attention": {"self": "int8"}, "attention_sparse": {"cross": 0.1}}, "cross attention stays native"),
+        ({"attention": {"cross": "int8"}, "attention_window": {"self": 4}}, "self attention stays native"),
+        ({"attention": "int8", "attention_window": {"cross": 4}}, "no meaning for cross attention.*name 'self'"),
+        ({"precise_first": 1}, "quantize='none' and attention='native'"),
+        ({"attention": {"self": "native"}, "precise_last": 1}, "quantize='none' and attention='native'"),
+        ({"attention": "int8", "lowrank": 8}, "quantize='none'"),
         ({"fuse": 1}, "valid boolean"),
         ({"fuse": "yes"}, "valid boolean"),
         ({"mode": "fast"}, "reduce-overhead"),
@@ -75,6 +99,26 @@ def test_the_longest_role_name_wins() -> None:
     assert plan.format_for(Role.OUT) == "int8"
     assert plan.names(Role.MLP_UP) and not plan.names(Role.OUT)
     assert Plan(quantize={"mlp": "fp8"}).format_for(Role.OUT) is None
+
+
+def test_attention_by_kind() -> None:
+    plan = Plan(attention={"self": "int8", "*": "fp8"}, attention_sparse={"joint": 0.25}, attention_window=8)
+    assert [plan.attention_for(kind) for kind in KINDS] == ["int8", "fp8", "fp8"]
+    assert [plan.sparse_for(kind) for kind in KINDS] == [0.0, 0.0, 0.25]
+    assert [plan.window_for(kind) for kind in KINDS] == [8, 8, 8]
+    assert plan.changes_attention and not Plan(attention={"self": "native"}).changes_attention
+    # one value for all is for the kinds that change, so that a table of kinds needs no second one
+    assert Plan(attention={"self": "int8"}, attention_sparse=0.1).attention_for("cross") == "native"
+
+
+def test_precise_steps_need_attention_or_linears_on_few_bits() -> None:
+    assert Plan(attention="int8", precise_first=2).precise_first == 2
+
+
+def test_tables_mean_the_same_in_any_order() -> None:
+    a = Plan(attention={"self": "int8", "cross": "fp8"}, quantize={"mlp": "fp8", "attention": "int8"})
+    b = Plan(attention={"cross": "fp8", "self": "int8"}, quantize={"attention": "int8", "mlp": "fp8"})
+    assert a == b and a.to_toml() == b.to_toml() and a.key() == b.key()
 
 
 def test_refuses_text_that_is_no_plan() -> None:
@@ -99,5 +143,6 @@ def test_text_is_stable() -> None:
     assert Plan(quantize="int8").to_toml() == (
         'quantize = "int8"\nactivations = "dynamic"\nerror_budget = 20.0\nlowrank = 0\nprecise_first = 0\n'
         'precise_last = 0\nfree_originals = false\nfuse = true\nfp32_matmul = "default"\nattention = "native"\n'
+        "attention_sparse = 0.0\nattention_window = 0\n"
         'weights = "watch"\nmode = "default"\nlower = "inductor"\n'
     )
