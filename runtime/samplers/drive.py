@@ -48,9 +48,7 @@ class SolverDrive:
     """Steps with a :class:`Solver`. All fresh noise is drawn beforehand, so that no step waits for a copy."""
 
     def __init__(self, solver: Solver, seeds: Sequence[int], shape: Sequence[int], device: torch.device) -> None:
-        self._solver = solver
-        self._timesteps = solver.timesteps.to(device)
-        self._targets = None if solver.targets is None else solver.targets.to(device)
+        self._solver = solver.to(device)
         self._fresh = {
             step: draw_noise(seeds, shape, device=device, step=step)
             for step in range(solver.steps)
@@ -68,10 +66,10 @@ class SolverDrive:
         return self._solver.model_input(step, x)
 
     def timestep(self, step: int) -> Tensor:
-        return self._timesteps[step]
+        return self._solver.timesteps[step]
 
     def target(self, step: int) -> Tensor | None:
-        return None if self._targets is None else self._targets[step]
+        return None if self._solver.targets is None else self._solver.targets[step]
 
     def advance(self, step: int, x: Tensor, output: Tensor) -> Tensor:
         return _own(self._solver.advance(step, x, output, self._fresh.get(step)), output)

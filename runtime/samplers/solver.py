@@ -7,7 +7,7 @@ tensors and give tensors, so that :func:`walk`, a whole generation, can be captu
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,7 +42,7 @@ class Solver:
     Attributes:
         kind, process, prediction: as a manifest's.
         levels: steps + 1 sigmas, timesteps or angles, from noise to 0.
-        timesteps: (steps,) fp32 on the CPU, what the model is given at each step.
+        timesteps: (steps,) fp32, what the model is given at each step.
         targets: (steps,) fp32, what a flow map is given as the time to jump to, or None for other models.
         noisy: whether each step but the last takes fresh noise.
         alpha_bars: of every discrete timestep, where the process is variance-preserving.
@@ -64,6 +64,11 @@ class Solver:
     def steps(self) -> int:
         """Calls of the model in each branch of guidance."""
         return len(self.levels) - 1
+
+    def to(self, device: torch.device | str) -> Solver:
+        """The same with its tensors on `device`: capture into a CUDA graph allows no copies from the host."""
+        targets = None if self.targets is None else self.targets.to(device)
+        return replace(self, timesteps=self.timesteps.to(device), targets=targets)
 
     def takes_noise(self, step: int) -> bool:
         """Whether `step` needs fresh noise."""
@@ -263,7 +268,7 @@ def walk(
     """A whole generation as one pure function, for capture in one graph: tensors in, tensors out.
 
     Args:
-        solver: what to walk along.
+        solver: what to walk along, on the device of `noise`.
         model: called with (x, timestep (B,) fp32), `keywords`, and `target` (B,) where the solver has targets.
         noise: (B, ...) fp32, standard normal.
         fresh: the noise of every step that takes some, each of the shape of `noise`.
@@ -272,8 +277,9 @@ def walk(
         The samples, shape and dtype of `noise`.
     """
     x = solver.start(noise)
-    timesteps = solver.timesteps.to(noise.device)
-    targets = None if solver.targets is None else solver.targets.to(noise.device)
+    timesteps, targets = solver.timesteps, solver.targets
+    if timesteps.device != noise.device:
+        raise ValueError(f"the solver is on {timesteps.device} and the noise on {noise.device}: use solver.to(device)")
     for step in range(solver.steps):
         given = keywords if targets is None else {**keywords, "target": targets[step].expand(len(x))}
         output = model(solver.model_input(step, x), timesteps[step].expand(len(x)), **given)

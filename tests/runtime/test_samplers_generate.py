@@ -74,7 +74,7 @@ def manifest(name: str, **changes: Any) -> Sampler:
 
 def field(x: Tensor, timestep: Tensor, condition: Tensor, **more: Tensor) -> Tensor:
     """A smooth model that depends on its own sample, the time, the condition and whatever else it is given."""
-    extra = sum((value for value in more.values()), torch.zeros(len(x)))
+    extra = sum(more.values(), torch.zeros_like(timestep))
     level = (timestep + 0.5 * extra).view(-1, 1, 1, 1) / 1000
     return torch.tanh(x + 0.3 * x.flip(-1)) * (1 + level) + condition.view(-1, 1, 1, 1)
 
@@ -363,6 +363,40 @@ def test_a_whole_generation_is_one_graph(name: str) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(program, fullgraph=True, backend="aot_eager")(noise, fresh, condition)
     torch.testing.assert_close(compiled, draw(sampler, [5, 6]), rtol=1e-5, atol=1e-5)
+
+
+def test_a_solver_elsewhere_than_the_noise_is_refused() -> None:
+    solver = make_solver(manifest("euler")).to("meta")
+    with pytest.raises(ValueError, match=r"on meta and the noise on cpu: use solver.to\(device\)"):
+        walk(solver, lambda x, t: x, draw_noise([1], SHAPE))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("name", KINDS)
+def test_a_whole_generation_is_one_cuda_graph(name: str) -> None:
+    sampler = manifest(name)
+    solver = make_solver(sampler).to("cuda")
+    noise = draw_noise([5, 6], SHAPE, device="cuda")
+    fresh = [draw_noise([5, 6], SHAPE, device="cuda", step=step) for step in range(3)] if solver.noisy else []
+    condition = torch.tensor([0.05, 0.06], device="cuda")
+
+    def program() -> Tensor:
+        return walk(solver, lambda x, t, **more: field(x, t, condition, **more), noise, fresh)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        program()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = program()
+    graph.replay()
+    wanted = generate(field, condition, seeds=[5, 6], shape=SHAPE, sampler=sampler)
+    torch.testing.assert_close(captured, wanted, rtol=1e-6, atol=1e-6)
+    # the noise is the same on every device
+    torch.testing.assert_close(captured.cpu(), draw(sampler, [5, 6]), rtol=1e-3, atol=1e-3)
 
 
 def test_perflow_on_vp_follows_the_line_of_each_window() -> None:

@@ -15,7 +15,7 @@ from ditc.kernels.errors import DitcError
 from ditc.runtime.samplers import SamplerError, flow_sigmas, perflow_times, static_shift
 from ditc.runtime.samplers.manifest import Betas, GuidanceRule, Sampler, Shift, TokenLine
 from ditc.runtime.samplers.published import published, published_names
-from ditc.runtime.samplers.solver import make_solver
+from ditc.runtime.samplers.solver import make_solver, walk
 
 EULER: dict[str, Any] = {
     "role": "student",
@@ -29,7 +29,7 @@ EULER: dict[str, Any] = {
     "timestep_scale": 1000.0,
 }
 LCM = {
-    **{name: EULER[name] for name in ("role", "timestep_scale")},
+    **{"role": "student", "timestep_scale": 1.0},
     **{"kind": "lcm", "process": "vp", "solver": "sde", "prediction": "eps"},
     **{"steps": 2, "timesteps": [999, 499, 0], "betas": {}},
 }
@@ -85,6 +85,7 @@ def test_errors_are_ditcs_and_values() -> None:
         (SCM, {"sigma_data": None}, "needs sigma_data"),
         (EULER, {"windows": 4}, "windows=4 has no meaning"),
         (LCM, {"betas": None}, "needs betas"),
+        (LCM, {"timestep_scale": 1000.0}, "timestep_scale=1000 contradicts process='vp'"),
         (EULER, {"betas": {}}, "betas have no meaning"),
         (LCM, {"betas": {"start": 0.5, "end": 0.1}}, "start=0.5 <= end=0.1"),
         # lists of levels
@@ -253,6 +254,50 @@ def test_every_kind_survives_json_and_toml(base: dict[str, Any]) -> None:
     sampler = Sampler(**base)
     assert Sampler.from_text(sampler.to_json()) == sampler == Sampler.from_text(sampler.to_toml())
     assert Sampler(**sampler.to_dict()) == sampler
+
+
+pools: dict[str, list[Any]] = {
+    "role": ["student", "teacher", "boss"],
+    "kind": ["euler", "renoise", "lcm", "tcd", "trigflow", "flow_map", "perflow", 3],
+    "process": ["flow", "vp", "trigflow", None],
+    "solver": ["ode", "sde"],
+    "prediction": ["velocity", "eps", "diff_eps", "x0", "v", "trigflow", "average_velocity"],
+    "steps": [1, 2, 4, 0, 2.5],
+    "sigmas": [None, [1.0, 0.5, 0.0], [1.0, 0.75, 0.5, 0.25, 0.0], [1, 0], [1.0, "x", 0.0], 7],
+    "timesteps": [None, [999, 499, 0], [1000, 750, 500, 250, 0], [399, 0]],
+    "angles": [None, [1.5708, 1.3, 0.0], [1.5, 0.0]],
+    "warped": [None, True, False],
+    "shift": [None, 3.0, 1, "3", {"type": "exponential", "amount": 1.0}, {"amount": 2.0, "terminal": 0.1}],
+    "timestep_scale": [1.0, 1000.0, -1.0],
+    "guidance": [{}, {"convention": "embedded", "scale": 3.5}, {"convention": "none", "scale": 1.0}],
+    "betas": [None, {}, {"schedule": "cosine"}],
+    "eta": [None, 0.0, 0.3, 2.0],
+    "sigma_data": [None, 0.5],
+    "windows": [None, 1, 4],
+    "shape": [None, [4], []],
+}
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    st.sampled_from([EULER, LCM, SCM, PERFLOW, RENOISE]),
+    st.dictionaries(st.sampled_from(sorted(pools)), st.integers(0, 20), max_size=4),
+)
+def test_whatever_is_accepted_can_be_walked_and_the_rest_is_refused_in_words(
+    base: dict[str, Any], choices: dict[str, int]
+) -> None:
+    changes = {name: pools[name][choice % len(pools[name])] for name, choice in choices.items()}
+    try:
+        sampler = Sampler(**{**base, **changes})
+    except SamplerError as error:
+        assert str(error)
+        return
+    solver = make_solver(sampler)
+    noise = torch.ones(1, 4)
+    fresh = [noise] * solver.steps
+    result = walk(solver, lambda x, t, **more: 0.1 * x, noise, fresh)
+    assert bool(torch.isfinite(result).all())
+    assert Sampler.from_text(sampler.to_toml()) == sampler
 
 
 # --- published schedules, each against what its closed form gives ---
