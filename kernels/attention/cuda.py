@@ -80,7 +80,8 @@ def attention_quantized_cuda(
     from .triton import attention_triton
 
     with torch.cuda.device(q[0].device):  # Triton launches on the current one
-        fp8 = "decode" if chosen == "decoded" else "cast"
+        # NVFP4's weights have scales in E4M3: before sm_89 those too are rounded without it
+        fp8 = "cast" if capability >= ADA else "decode"
         return attention_triton(*arguments, native=chosen == "native", fp8=fp8)
 
 

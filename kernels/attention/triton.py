@@ -65,7 +65,7 @@ def _launch(
     (queries, q_blocks, q_scale), (keys, k_blocks, k_scale) = (_tokens(part, recipe.qk, fp8) for part in (q, k))
     values, v_blocks, v_scale = _values(v, recipe.pv, fp8)
     seen, mask_strides = _mask(mask, (B, H, Lq, Lk))
-    tile = tile_for(recipe.qk, recipe.pv, native, max(D, DV), Lq, capability(out))
+    tile = tile_for(recipe.qk, native, D, Lq, capability(out))
     attention_kernel[(-(-Lq // tile.M) * B * H,)](
         queries, keys, values, q_blocks, k_blocks, v_blocks, q_scale, k_scale, v_scale,
         None if bias is None else bias.contiguous(), seen, None if blocks is None else _bytes(blocks).contiguous(), out,

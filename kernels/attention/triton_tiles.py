@@ -1,6 +1,7 @@
-"""Tile sizes of the Triton attention, by recipe, head size, number of queries and architecture.
+"""Tile sizes of the Triton attention, by head size, number of queries and architecture.
 
-Chosen by what compiles without spilling registers and fits into shared memory. Not tuned by measurement.
+Chosen by what compiles without spilling registers and fits into the shared memory of a program (227 KiB on sm_90 and
+sm_100, 163 KiB on sm_80, 99 KiB on sm_86, sm_89 and sm_120). Not tuned by measurement.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ class Tile:
     """Queries; divides 128."""
     warps: int
     stages: int
-    """Tiles of keys and values in flight."""
+    """Tiles of keys and values in flight, and one in use."""
 
 
 def block_of(features: int) -> int:
@@ -27,11 +28,17 @@ def block_of(features: int) -> int:
     return max(16, 1 << (features - 1).bit_length())
 
 
-def tile_for(qk: str, pv: str, native: bool, features: int, queries: int, capability: tuple[int, int]) -> Tile:
-    """The tile for heads of ``features`` (the larger of the two products') and so many ``queries``."""
-    block = block_of(features)
-    if native and capability[0] == 10:  # a block-scaled product has 128 rows there
-        return Tile(128, 8 if block > 64 else 4, 2)
-    if queries <= FEW:
-        return Tile(64, 4, 2)
-    return Tile(128, 8, 2)
+def tile_for(qk: str, native: bool, features: int, queries: int, capability: tuple[int, int]) -> Tile:
+    """The tile for a recipe with ``qk`` scores, heads of ``features`` and so many ``queries``.
+
+    ``native`` is NVFP4 by block-scaled products; those of sm_100 have 128 rows. Where NVFP4 is decoded, or its weights
+    encoded, and where the result of a large head takes half of the registers, tiles are smaller.
+    """
+    large, own_memory = block_of(features) > 128, capability[0] in (10, 11)
+    if native and own_memory:
+        return Tile(128, 8, 2)
+    if large:
+        return Tile(32 if qk == "nvfp4" else 64, 8, 2)
+    if qk == "nvfp4" and not native and capability[0] != 9 and not own_memory:
+        return Tile(64, 8, 2)
+    return Tile(64, 4, 2) if queries <= FEW else Tile(128, 8, 3)

@@ -1,12 +1,15 @@
 """What a compiler puts in the place of the quantising ops: traceable ATen, so that inductor fuses it with what is near.
 
-Only INT8 is taken apart: its codes are made by arithmetic that inductor fuses well on every device. The other
-formats pack bits and stay calls: of a Triton kernel on CUDA, of the reference on CPU, where they only store.
+INT8 is taken apart on every device: its codes are made by arithmetic that inductor fuses well. FP8 is taken apart on
+CUDA devices that convert to it in hardware (sm_89 and later), where inductor's Triton does the rounding with one
+instruction. Everything else packs bits, or is only stored, and stays a call: of a Triton kernel on CUDA, of the
+reference on CPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,8 +29,8 @@ from .op import (
     quantize_weight,
 )
 
-TRACED = frozenset({"int8"})
-"""Formats that are taken apart into ATen."""
+FP8_HARDWARE = (8, 9)
+"""The least compute capability that converts to E4M3."""
 
 
 _QUANTIZE, _QUANTIZE_WEIGHT, _NORM_QUANTIZE, _ACTIVATION_QUANTIZE, _DEQUANTIZE = (
@@ -35,50 +38,70 @@ _QUANTIZE, _QUANTIZE_WEIGHT, _NORM_QUANTIZE, _ACTIVATION_QUANTIZE, _DEQUANTIZE =
 )
 
 
-def _quantize(x: Tensor, format: str, static: Tensor | None = None) -> Any:
-    return format_of(format).quantize(x, static=static) if format in TRACED else _QUANTIZE(x, format, static)
+def traced(device: torch.device | str) -> frozenset[str]:
+    """The formats that are taken apart into ATen on ``device``; with CUDA, that device or the current one."""
+    device = torch.device(device)
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return frozenset({"int8"})
+    fp8 = torch.cuda.get_device_capability(device) >= FP8_HARDWARE
+    return frozenset({"int8", "fp8"} if fp8 else {"int8"})
 
 
-def _quantize_weight(w: Tensor, format: str) -> Any:
-    return format_of(format).quantize(w) if format in TRACED else _QUANTIZE_WEIGHT(w, format)
+@dataclass(frozen=True)
+class _Lowering:
+    """The ops' decompositions, where :func:`traced` formats are ``traced``."""
 
+    traced: frozenset[str]
 
-def _norm_quantize(
-    x: Tensor,
-    norm: str,
-    eps: float,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    multiplier: Tensor | None,
-    shift: Tensor | None,
-    format: str,
-    static: Tensor | None = None,
-) -> Any:
-    if format not in TRACED:
-        return _NORM_QUANTIZE(x, norm, eps, weight, bias, multiplier, shift, format, static)
-    return _quantize(modulated(normalized(x, norm, eps, weight, bias), multiplier, shift), format, static)
+    def quantize(self, x: Tensor, format: str, static: Tensor | None = None) -> Any:
+        if format not in self.traced:
+            return _QUANTIZE(x, format, static)
+        return format_of(format).quantize(x, static=static)
 
+    def quantize_weight(self, w: Tensor, format: str) -> Any:
+        return format_of(format).quantize(w) if format in self.traced else _QUANTIZE_WEIGHT(w, format)
 
-def _activation_quantize(
-    x: Tensor, activation: str, multiplier: Tensor | None, format: str, static: Tensor | None = None
-) -> Any:
-    if format not in TRACED:
-        return _ACTIVATION_QUANTIZE(x, activation, multiplier, format, static)
-    y = activated(x, activation)
-    return _quantize(y if multiplier is None else y * multiplier, format, static)
+    def norm_quantize(
+        self,
+        x: Tensor,
+        norm: str,
+        eps: float,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        multiplier: Tensor | None,
+        shift: Tensor | None,
+        format: str,
+        static: Tensor | None = None,
+    ) -> Any:
+        if format not in self.traced:
+            return _NORM_QUANTIZE(x, norm, eps, weight, bias, multiplier, shift, format, static)
+        return self.quantize(modulated(normalized(x, norm, eps, weight, bias), multiplier, shift), format, static)
 
+    def activation_quantize(
+        self, x: Tensor, activation: str, multiplier: Tensor | None, format: str, static: Tensor | None = None
+    ) -> Any:
+        if format not in self.traced:
+            return _ACTIVATION_QUANTIZE(x, activation, multiplier, format, static)
+        y = activated(x, activation)
+        return self.quantize(y if multiplier is None else y * multiplier, format, static)
 
-def _dequantize(parts: list[Tensor], format: str, dtype: torch.dtype) -> Any:
-    return format_of(format).dequantize(parts, dtype) if format in TRACED else _DEQUANTIZE(parts, format, dtype)
+    def dequantize(self, parts: list[Tensor], format: str, dtype: torch.dtype) -> Any:
+        if format not in self.traced:
+            return _DEQUANTIZE(parts, format, dtype)
+        return format_of(format).dequantize(parts, dtype)
 
 
 def lowerings(device: torch.device | str = "cpu") -> dict[OpOverload, Callable[..., Any]]:
     """Decompositions for ``device``, to be passed to ``compile_fx(..., decompositions=...)``."""
-    ops = torch.ops.ditc
+    return _decompositions(traced(device))
+
+
+def _decompositions(traced: frozenset[str]) -> dict[OpOverload, Callable[..., Any]]:
+    ops, lowering = torch.ops.ditc, _Lowering(traced)
     return {
-        ops.quantize.default: _quantize,
-        ops.quantize_weight.default: _quantize_weight,
-        ops.norm_quantize.default: _norm_quantize,
-        ops.activation_quantize.default: _activation_quantize,
-        ops.dequantize.default: _dequantize,
+        ops.quantize.default: lowering.quantize,
+        ops.quantize_weight.default: lowering.quantize_weight,
+        ops.norm_quantize.default: lowering.norm_quantize,
+        ops.activation_quantize.default: lowering.activation_quantize,
+        ops.dequantize.default: lowering.dequantize,
     }
