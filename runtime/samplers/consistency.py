@@ -66,8 +66,8 @@ def check_contradictions(sampler: Sampler) -> None:
         )
     if sampler.process == "vp" and sampler.timestep_scale > 1:
         raise ValueError(
-            f"timestep_scale={sampler.timestep_scale:g} contradicts process='vp', whose timesteps are ready: "
-            "say 1, or what the model divides them by"
+            f"timestep_scale={sampler.timestep_scale:g} contradicts process='vp', whose timesteps go to the model as "
+            "they are: say 1, or what the model divides them by"
         )
     if sampler.shape is not None and (not sampler.shape or any(n == 0 or n < -1 for n in sampler.shape)):
         raise ValueError(f"shape={sampler.shape} must hold positive sizes, or -1 where any size will do")

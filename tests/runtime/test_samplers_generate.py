@@ -1,11 +1,9 @@
-"""Generation by manifests and by diffusers' schedulers: what is drawn, what is refused, what is left behind."""
+"""Generation by manifests: what is drawn, what is refused, what is left behind."""
 
-import copy
 import math
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -26,7 +24,6 @@ from ditc.runtime.samplers import (
     vp_mix,
     walk,
 )
-from ditc.runtime.samplers.noise import step_seed
 from ditc.runtime.session import current_branch, current_session
 
 SHAPE = (2, 4, 4)
@@ -268,6 +265,12 @@ def test_a_student_that_carries_its_manifest_is_obeyed() -> None:
     assert torch.equal(draw(None, [1], Student()), draw(manifest("renoise"), [1]))
     with pytest.raises(SamplerError, match="distilled at the levels"):
         draw(None, [1], Student(), sigmas=flow_sigmas(50, 3.0))
+    # a compiled module hands on the attributes of its own
+    module = torch.nn.Identity()
+    module.sampler = manifest("renoise")  # type: ignore[assignment]
+    module.forward = field  # type: ignore[assignment]
+    compiled = torch.compile(module, backend="eager")
+    assert torch.equal(draw(None, [1], compiled), draw(manifest("renoise"), [1]))
     # an attribute of that name that is something else means nothing
     other = Student()
     other.sampler = "euler"  # type: ignore[assignment]
@@ -409,136 +412,6 @@ def test_perflow_on_vp_follows_the_line_of_each_window() -> None:
     solver = make_solver(sampler)
     for step, (start, end) in enumerate(pairwise(ends)):
         torch.testing.assert_close(solver.advance(step, start, eps), end, rtol=1e-4, atol=1e-4)
-
-
-# --- diffusers' schedulers, dropped in ---
-
-
-def test_the_flow_scheduler_gives_what_sigmas_give() -> None:
-    diffusers = pytest.importorskip("diffusers")
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-    # its own grid is linear in the shifted levels, so hand it ours
-    given = {"sigmas": np.linspace(1, 1 / 6, 6).tolist()}
-    result = draw(None, [1, 2], scheduler=scheduler, scheduler_options=given)
-    torch.testing.assert_close(result, draw(None, [1, 2], sigmas=flow_sigmas(6, 3.0)), rtol=1e-5, atol=1e-5)
-    plain = diffusers.FlowMatchEulerDiscreteScheduler()
-    torch.testing.assert_close(
-        draw(None, [1, 2], scheduler=plain, sigmas=flow_sigmas(6, 3.0)), result, rtol=1e-5, atol=1e-5
-    )
-    dynamic = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    options = {**given, "mu": math.log(3.0)}
-    torch.testing.assert_close(
-        draw(None, [1, 2], scheduler=dynamic, scheduler_options=options), result, rtol=1e-5, atol=1e-5
-    )
-
-
-@pytest.mark.parametrize(
-    ("name", "arguments"),
-    [
-        ("DDIMScheduler", {}),
-        ("DDPMScheduler", {}),
-        ("DPMSolverMultistepScheduler", {}),
-        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
-        ("EulerDiscreteScheduler", {}),
-        ("EulerAncestralDiscreteScheduler", {}),
-        ("HeunDiscreteScheduler", {}),
-        ("PNDMScheduler", {"skip_prk_steps": True}),
-        ("UniPCMultistepScheduler", {"prediction_type": "flow_prediction", "use_flow_sigmas": True}),
-        ("FlowMatchEulerDiscreteScheduler", {}),
-        ("FlowMatchHeunDiscreteScheduler", {}),
-        ("FlowMatchLCMScheduler", {"shift": 5.0}),
-        ("LCMScheduler", {}),
-        ("TCDScheduler", {}),
-    ],
-)
-def test_schedulers_can_be_dropped_in(name: str, arguments: dict[str, Any]) -> None:
-    diffusers = pytest.importorskip("diffusers")
-    scheduler = getattr(diffusers, name)(**arguments)
-    before, noise = copy.deepcopy(scheduler.__dict__), torch.get_rng_state()
-    told: list[tuple[int, int]] = []
-    first = draw(None, [1, 2], scheduler=scheduler, steps=4, progress=lambda *at: told.append(at))
-    calls = told[-1][1]
-    assert told == [(step + 1, calls) for step in range(calls)]
-    assert torch.equal(torch.get_rng_state(), noise)
-    # nothing is left in the caller's object, so the second generation equals the first, also after one that stopped
-    assert repr(scheduler.__dict__) == repr(before)
-    with pytest.raises(Cancelled):
-        draw(None, [1, 2], scheduler=scheduler, steps=4, progress=lambda done, total: done < 2)
-    assert torch.equal(draw(None, [1, 2], scheduler=scheduler, steps=4), first)
-    assert torch.equal(draw(None, [1], scheduler=scheduler, steps=4), first[:1])
-    assert torch.equal(draw(None, [2], scheduler=scheduler, steps=4), first[1:])
-    nothing = torch.tensor([-0.2, -0.3])
-    batched = draw(None, [1, 2], scheduler=scheduler, steps=4, guidance=Guidance(2.0, nothing))
-    branches = draw(None, [1, 2], scheduler=scheduler, steps=4, guidance=Guidance(2.0, nothing, batched=False))
-    torch.testing.assert_close(batched, branches, rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(batched, first, rtol=1e-2)
-
-
-def test_a_schedulers_trajectory_is_the_one_of_its_own_loop() -> None:
-    diffusers = pytest.importorskip("diffusers")
-    scheduler = diffusers.EulerAncestralDiscreteScheduler()
-    result = draw(None, [7], scheduler=scheduler, steps=5)
-    scheduler.set_timesteps(5)
-    x = draw_noise([7], SHAPE) * scheduler.init_noise_sigma
-    for step, timestep in enumerate(scheduler.timesteps):
-        output = field(scheduler.scale_model_input(x, timestep), timestep.expand(1), torch.tensor([0.07]))
-        generator = torch.Generator().manual_seed(step_seed(7, step))
-        x = scheduler.step(output, timestep, x, generator=generator).prev_sample
-    torch.testing.assert_close(result, x, rtol=1e-5, atol=1e-4)
-
-
-def test_previews_with_a_scheduler() -> None:
-    diffusers = pytest.importorskip("diffusers")
-    seen: list[Tensor] = []
-    scheduler = diffusers.DDIMScheduler(clip_sample=False)
-    draw(None, [1], scheduler=scheduler, steps=3, preview=lambda i, n, x0: seen.append(x0))
-    assert [x0.shape for x0 in seen] == [(1, *SHAPE)] * 3
-    with pytest.raises(SamplerError, match="no estimate of the data"):
-        flow = diffusers.FlowMatchEulerDiscreteScheduler()
-        draw(None, [1], scheduler=flow, steps=3, preview=lambda i, n, x0: None)
-
-
-def test_schedulers_that_would_change_or_ignore_the_sigmas_are_refused() -> None:
-    diffusers = pytest.importorskip("diffusers")
-    sigmas = flow_sigmas(4, 5.0)
-    for scheduler in (
-        diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),
-        diffusers.FlowMatchEulerDiscreteScheduler(shift_terminal=0.1),
-    ):
-        with pytest.raises(SamplerError, match=r"made \[.*of the sigmas \[1.0, 0.9375.*does not shift them"):
-            draw(None, [1], scheduler=scheduler, sigmas=sigmas)
-    with pytest.raises(SamplerError, match="set_timesteps knows no 'sigmas'"):
-        draw(None, [1], scheduler=diffusers.DDIMScheduler(), sigmas=sigmas)
-    with pytest.raises(SamplerError, match="knows no 'mew'"):
-        draw(None, [1], scheduler=diffusers.DDIMScheduler(), steps=4, scheduler_options={"mew": 1.0})
-    with pytest.raises(SamplerError, match="needs steps, or sigmas"):
-        draw(None, [1], scheduler=diffusers.DDIMScheduler())
-    with pytest.raises(SamplerError, match="kind='trigflow'"):
-        draw(
-            None,
-            [1],
-            scheduler=diffusers.SCMScheduler(),
-            steps=4,
-            scheduler_options={"intermediate_timesteps": None},
-        )
-    with pytest.raises(ValueError, match="leave timesteps away"):
-        draw(None, [1], scheduler=diffusers.DDIMScheduler(), steps=4, timesteps=1)
-    with pytest.raises(SamplerError, match="object is no scheduler: it has no set_timesteps"):
-        draw(None, [1], scheduler=object(), steps=4)
-
-
-def test_a_scheduler_that_draws_from_the_global_generator_is_refused() -> None:
-    class Careless:
-        timesteps = torch.tensor([999.0, 499.0])
-
-        def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
-            pass
-
-        def step(self, output: Tensor, timestep: Tensor, x: Tensor) -> tuple[Tensor]:
-            return (x - output + torch.randn_like(x),)
-
-    with pytest.raises(SamplerError, match="Careless draws noise from torch's global generator"):
-        draw(None, [1], scheduler=Careless(), steps=2)
 
 
 def test_solvers_hold_for_data_that_lies_on_a_line() -> None:
