@@ -23,27 +23,30 @@ constexpr auto ROWS = std::make_index_sequence<TILE>();
 #define DITC_INLINE inline __attribute__((always_inline))
 #define DITC_LAMBDA __attribute__((always_inline))
 
+// As an instruction of its own: the compiler would copy accumulators about, and has no register to spare for that.
+DITC_INLINE void multiply_add(__m512i& sum, __m512i bytes, __m512i weights) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(bytes), "v"(weights));
+}
+
 // Rows x panel over `steps` groups of four, an even number, on top of `start`; `finish` has the sums of each row.
 // The rows are a pack, not a loop: accumulators indexed by a loop that is unrolled late are kept in memory.
 template <typename Finish, size_t... I>
 DITC_INLINE void two_vectors(const uint8_t* rows, const int8_t* panel, int64_t steps, __m512i start0, __m512i start1,
                              const Finish& finish, std::index_sequence<I...>) {
   __m512i left[] = {((void)I, start0)...}, right[] = {((void)I, start1)...};
-  for (int64_t s = 0; s < steps; s += 2) {
-#pragma GCC unroll 2
-    for (int u = 0; u < 2; ++u) {
-      const __m512i b0 = _mm512_loadu_si512(panel), b1 = _mm512_loadu_si512(panel + 64);
-      const auto add = [&](__m512i& l, __m512i& r, const uint8_t* row) DITC_LAMBDA {
-        int32_t four;
-        std::memcpy(&four, row, 4);
-        const __m512i x = _mm512_set1_epi32(four);
-        l = _mm512_dpbusd_epi32(l, x, b0);
-        r = _mm512_dpbusd_epi32(r, x, b1);
-      };
-      (add(left[I], right[I], rows + I * STRIDE), ...);
-      rows += 4;
-      panel += 128;
-    }
+#pragma GCC unroll 1
+  for (int64_t s = 0; s < steps; ++s) {
+    const __m512i b0 = _mm512_loadu_si512(panel), b1 = _mm512_loadu_si512(panel + 64);
+    const auto add = [&](__m512i& l, __m512i& r, const uint8_t* row) DITC_LAMBDA {
+      int32_t four;
+      std::memcpy(&four, row, 4);
+      const __m512i x = _mm512_set1_epi32(four);
+      multiply_add(l, x, b0);
+      multiply_add(r, x, b1);
+    };
+    (add(left[I], right[I], rows + I * STRIDE), ...);
+    rows += 4;
+    panel += 128;
   }
   (finish(I, left[I], right[I]), ...);
 }
@@ -57,7 +60,7 @@ DITC_INLINE void one_vector(const uint8_t* rows, const int8_t* panel, int64_t st
     const auto add = [&](__m512i& sum, const uint8_t* row) DITC_LAMBDA {
       int32_t four;
       std::memcpy(&four, row, 4);
-      sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi32(four), b);
+      multiply_add(sum, _mm512_set1_epi32(four), b);
     };
     (add(sums[I], rows + I * STRIDE + s * 4), ...);
   }
@@ -84,24 +87,20 @@ struct Tile {
   alignas(64) float most[TILE][16];
   alignas(64) float out[TILE * MAX_D];
   // of each row: what its scores are to be multiplied by for exponents of two, and what they still are
-  float factor[TILE], slope[TILE];
-  float maximum[TILE], total[TILE], now[TILE], before[TILE];
+  alignas(64) float factor[16], slope[16];
+  alignas(64) float maximum[16], total[16], now[16], before[16];
   bool fresh;  // nothing is in `out` yet
 
   Tile() {
     std::memset(q, 0, sizeof(q));
     std::memset(p, 0, sizeof(p));
-    std::fill(now, now + TILE, 0.f);
-    std::fill(before, before + TILE, 0.f);
   }
 
   void queries(const char* at, const Heads& from, int64_t D, int count, float largest, double scale) {
     fresh = true;
-    for (int i = 0; i < TILE; ++i) {
-      factor[i] = 0;
-      maximum[i] = -INFINITE;
-      total[i] = 0;
-      if (i >= count) continue;
+    for (float* rows : {factor, slope, total, now, before}) _mm512_store_ps(rows, _mm512_setzero_ps());
+    _mm512_store_ps(maximum, _mm512_set1_ps(-INFINITE));
+    for (int i = 0; i < count; ++i) {
       __m512i bits = _mm512_setzero_si512();
       const char* row = at + i * from.row;
       for (int64_t d = 0; d < D; d += 16) bits = magnitude(bits, load(row, from.type, d, first(D - d)));
@@ -142,7 +141,7 @@ struct Tile {
       else
         two_vectors(q, head.k + j * l.K, l.K / 4, start0, start1, last, ROWS);
     }
-    std::copy(factor, factor + TILE, slope);
+    _mm512_store_ps(slope, _mm512_load_ps(factor));
   }
 
   // Scores with their factor and what a mask adds, and -infinity where a key is not seen.
@@ -176,10 +175,11 @@ struct Tile {
 
   // Bytes of the weights of `keys` keys; how much what came before counts, and how much these.
   void weigh(int64_t keys, int count) {
+    alignas(64) float highest[16] = {};
+    alignas(64) int32_t sums[16] = {};
+    for (int i = 0; i < count; ++i) highest[i] = _mm512_reduce_max_ps(_mm512_load_ps(most[i]));
     for (int i = 0; i < count; ++i) {
-      const float highest = _mm512_reduce_max_ps(_mm512_load_ps(most[i]));
-      const float peak = highest * slope[i], top = std::max(maximum[i], peak);
-      const __m512 rise = _mm512_set1_ps(slope[i]), shift = _mm512_set1_ps(highest);
+      const __m512 shift = _mm512_set1_ps(highest[i]), rise = _mm512_set1_ps(slope[i]);
       const auto weights = [&](int64_t j) DITC_LAMBDA {
         const __m512 below = _mm512_sub_ps(_mm512_load_ps(scores + i * BLOCK + j), shift);
         return _mm512_cvtps_epi32(byte_of(_mm512_mul_ps(below, rise)));
@@ -191,18 +191,31 @@ struct Tile {
         sum = _mm256_dpbusd_epi32(sum, bytes, _mm256_set1_epi8(1));
         _mm256_store_si256(reinterpret_cast<__m256i*>(p + i * STRIDE + j), bytes);
       }
-      before[i] = total[i] == 0 ? 0 : std::exp2(maximum[i] - top);
-      // a row whose scores are no numbers, or beyond them, stays NaN; one that sees none of these keys as it was
-      now[i] = !std::isfinite(factor[i]) ? std::numeric_limits<float>::quiet_NaN()
-               : std::isfinite(peak)     ? std::exp2(peak - top)
-               : peak == -INFINITE       ? 0
-                                         : std::numeric_limits<float>::quiet_NaN();
       const __m128i half = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
       const __m128i pair = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4E));
-      const int32_t all = _mm_cvtsi128_si32(_mm_add_epi32(pair, _mm_shuffle_epi32(pair, 0xB1)));
-      total[i] = total[i] * before[i] + static_cast<float>(all) * now[i];
-      maximum[i] = top;
+      sums[i] = _mm_cvtsi128_si32(_mm_add_epi32(pair, _mm_shuffle_epi32(pair, 0xB1)));
     }
+    rescale(_mm512_load_ps(highest), _mm512_cvtepi32_ps(_mm512_load_si512(sums)));
+  }
+
+  // All rows' `before`, `now`, `total` and `maximum` after keys of which `highest` scores highest, of weight `sum`.
+  void rescale(__m512 highest, __m512 sum) {
+    const __m512 old = _mm512_load_ps(maximum), all = _mm512_load_ps(total), infinite = _mm512_set1_ps(INFINITE);
+    const __m512 peak = _mm512_mul_ps(highest, _mm512_load_ps(slope));
+    // where the peak is no number the maximum stays
+    const __m512 top = _mm512_max_ps(peak, old), ln2 = _mm512_set1_ps(M_LN2);
+    const __mmask16 some = _mm512_cmp_ps_mask(all, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+    const __m512 fade = _mm512_maskz_mov_ps(some, exp(_mm512_mul_ps(_mm512_sub_ps(old, top), ln2)));
+    // a row whose scores are no numbers, or beyond them, becomes NaN; one that sees none of these keys stays
+    const __mmask16 seen = _mm512_cmp_ps_mask(peak, _mm512_sub_ps(_mm512_setzero_ps(), infinite), _CMP_NEQ_UQ);
+    const __mmask16 bad = _mm512_cmp_ps_mask(_mm512_abs_ps(_mm512_load_ps(factor)), infinite, _CMP_NLT_UQ) |
+                          (seen & _mm512_cmp_ps_mask(_mm512_abs_ps(peak), infinite, _CMP_NLT_UQ));
+    __m512 share = _mm512_maskz_mov_ps(seen, exp(_mm512_mul_ps(_mm512_sub_ps(peak, top), ln2)));
+    share = _mm512_mask_mov_ps(share, bad, _mm512_set1_ps(std::numeric_limits<float>::quiet_NaN()));
+    _mm512_store_ps(before, fade);
+    _mm512_store_ps(now, share);
+    _mm512_store_ps(total, _mm512_add_ps(_mm512_mul_ps(all, fade), _mm512_mul_ps(sum, share)));
+    _mm512_store_ps(maximum, top);
   }
 
   DITC_INLINE void add(int i, int64_t c, __m512i sum) {
