@@ -25,7 +25,7 @@ aten = torch.ops.aten
 INPUT = "ditc_input"
 """Key in a placeholder's ``meta`` of its :class:`GraphInput`."""
 
-InputKind = Literal["parameter", "buffer", "data", "size", "packed", "state"]
+InputKind = Literal["parameter", "buffer", "data", "size", "packed", "state", "control"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class GraphInput:
     ``name`` is a dotted path for weights (``blocks.0.attn.to_q.weight``) and the argument's name for data
     (``hidden_states``, or ``args_0`` where the caller's wrapper hides it). ``kind`` is ``parameter`` or ``buffer``
     for tensors that the module owns, ``data`` for what comes with each call, ``size`` for a symbolic integer,
-    ``packed`` for a tensor derived from weights alone, and ``state`` for what a session carries between steps.
+    ``packed`` for a tensor derived from weights alone, ``state`` for what a session carries between steps, and
+    ``control`` for numbers that the caller may change from step to step, such as thresholds.
     """
 
     name: str

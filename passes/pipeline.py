@@ -23,6 +23,8 @@ from ditc.runtime.artifact import Gauge, StateSpec
 from .attention.recognise import RecogniseAttention
 from .attention.use import UseAttention
 from .base import Pass, PassContext, PassReport, Skip, count_operators
+from .cache.guard import GuardRegion
+from .cache.mark import MarkBorders
 from .canonicalize import Canonicalize
 from .capture import Capture
 from .errors import DitcError, PassError
@@ -41,6 +43,7 @@ from .verify import Before, graph_text, output_types, propagate, verify
 def passes_for(plan: Plan) -> tuple[Pass, ...]:
     """The rewriting passes of a plan, in order. Canonicalisation runs before them, always."""
     return (
+        *([MarkBorders(plan.cache)] if plan.cache else []),
         LowerModelopt(),
         *((RecogniseAttention(), UseAttention.for_plan(plan)) if plan.changes_attention else ()),
         *([FuseLinears()] if plan.fuse else []),
@@ -48,6 +51,7 @@ def passes_for(plan: Plan) -> tuple[Pass, ...]:
         FuseNeighbours(),
         UseVnni(),
         HoistWeights(),
+        *([GuardRegion(plan.cache)] if plan.cache else []),
     )
 
 

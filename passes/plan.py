@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ditc.kernels.formats import FORMATS
 
+from .cache.options import CacheOptions
 from .errors import PlanError
 from .structure import AttentionKind, Role
 
@@ -85,6 +86,9 @@ class Plan(BaseModel):
         0,
         description="positions that a token sees to each side where self-attention runs along one axis of a grid, "
         "such as frames (0: all); one for all sites or a table by kind",
+    )
+    cache: CacheOptions | None = Field(
+        None, description="skip blocks that would change little: a table {policy = ..., threshold = ...}"
     )
     weights: Literal["watch", "frozen"] = Field(
         "watch", description="watch: packed weights follow every edit of the module; frozen: packed once per module"

@@ -141,7 +141,7 @@ class Before:
 
 
 def _callers_inputs(graph: fx.GraphModule) -> list[GraphInput]:
-    return [fact for fact in graph_inputs(graph) if fact.kind not in ("packed", "state")]
+    return [fact for fact in graph_inputs(graph) if fact.kind not in ("packed", "state", "control")]
 
 
 def _mutates(node: fx.Node) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -19,6 +19,28 @@ Segment = Callable[..., Sequence[Any]]
 
 
 @dataclass(frozen=True)
+class SymbolicSize:
+    """A size that is known when a program is called: an expression of symbols that are among its inputs.
+
+    Attributes:
+        expression: in Python, over the symbols.
+        symbols: each symbol with the position of the input that holds its value.
+        example: the size at the call that the program was compiled for.
+    """
+
+    expression: str
+    symbols: tuple[tuple[str, int], ...]
+    example: int
+
+    def value(self, inputs: Sequence[Any]) -> int:
+        """The size for a call with these inputs."""
+        import sympy  # type: ignore[import-untyped]
+
+        numbers = {sympy.Symbol(name): int(inputs[position]) for name, position in self.symbols}
+        return int(sympy.sympify(self.expression, locals={s.name: s for s in numbers}).subs(numbers))
+
+
+@dataclass(frozen=True)
 class StateEntry:
     """One tensor that a program carries from step to step.
 
@@ -27,13 +49,14 @@ class StateEntry:
     """
 
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[int | SymbolicSize, ...]
     dtype: torch.dtype
 
     @property
     def bytes(self) -> int:
-        """Bytes of one copy of this tensor."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+        """Bytes of one copy of this tensor, at the sizes that the program was compiled for."""
+        sizes = [size.example if isinstance(size, SymbolicSize) else size for size in self.shape]
+        return torch.Size(sizes).numel() * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -47,9 +70,16 @@ class StateSpec:
         if len(set(names)) != len(names):
             raise ValueError(f"state entries need different names, got {names}")
 
-    def initial(self, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """The state before the first step."""
-        return tuple(torch.zeros(entry.shape, dtype=entry.dtype, device=device) for entry in self.entries)
+    def initial(self, device: torch.device, inputs: Sequence[Any] = ()) -> tuple[torch.Tensor, ...]:
+        """The state before the first step of a generation whose calls have ``inputs`` of these sizes."""
+        return tuple(
+            torch.zeros(
+                [size.value(inputs) if isinstance(size, SymbolicSize) else size for size in entry.shape],
+                dtype=entry.dtype,
+                device=device,
+            )
+            for entry in self.entries
+        )
 
     def check(self, tensors: Sequence[torch.Tensor]) -> None:
         """Refuses a state that is not of this layout.
@@ -78,6 +108,48 @@ class Gauge:
 
     name: str
     labels: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Controls:
+    """Numbers that a program takes with every call, as one float32 vector: ``names`` first, then ``table``.
+
+    ``defaults`` are those of the plan; a session may say otherwise. The number called :attr:`STEPS` is how many steps
+    the session announced, 0 where nobody did.
+    """
+
+    names: tuple[str, ...] = ()
+    defaults: tuple[float, ...] = ()
+    table: tuple[float, ...] = ()
+
+    STEPS: ClassVar[str] = "steps"
+    LAST: ClassVar[str] = "last"
+
+    def __bool__(self) -> bool:
+        return bool(self.names)
+
+    def values(self, overrides: Mapping[str, float], steps: int | None) -> tuple[float, ...]:
+        """The vector for one call.
+
+        Raises:
+            ValueError: an override that is no control of this program, or no number from 0 up; or steps at the end are
+                to be computed and nobody said which those are.
+        """
+        for name, value in overrides.items():
+            if name not in self.names or name == self.STEPS:
+                known = ", ".join(n for n in self.names if n != self.STEPS)
+                raise ValueError(f"this program has no control {name!r}: there are {known}")
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"{name}={value!r}: a number from 0 up is wanted")
+        found = dict(zip(self.names, self.defaults, strict=True)) | dict(overrides)
+        if found.get(self.LAST) and steps is None:
+            raise ValueError(
+                f"last={found[self.LAST]:g} needs to know which steps are the last: wrap the generation in "
+                "`with ditc.session(steps=number_of_steps):`, or draw with ditc.generate"
+            )
+        if self.STEPS in found:
+            found[self.STEPS] = float(steps or 0)
+        return (*found.values(), *self.table)
 
 
 @dataclass(frozen=True)
@@ -121,8 +193,8 @@ class Artifact:
     """A program: one prologue that packs weights, segments that run at every call, and the layout of its state.
 
     Attributes:
-        segments: run one after the other; the first takes ``[kept inputs, packed weights, state]``, each next one what
-            the one before returned; the last returns ``[outputs, gauges, new state]``.
+        segments: run one after the other; the first takes ``[kept inputs, packed weights, state, controls]``, each next
+            one what the one before returned; the last returns ``[outputs, gauges, new state]``.
         prepare: the prologue, which packs weights, in pieces; empty where nothing is packed.
         prepare_inputs: positions among the caller's inputs of the weights that ``prepare`` reads.
         releasable: positions among the caller's inputs of the weights that are released once they are packed.
@@ -132,6 +204,7 @@ class Artifact:
         data_inputs: positions of the tensors that come with each call; their shapes are part of a state's key.
         timestep: position of the timestep input, or ``None`` where the analysis found none.
         watch_weights: whether edits of the weights are looked for at every call.
+        controls: numbers that the first segment takes behind the state, where there are any.
         fp32_matmul: who multiplies fp32 matrices while the program runs (``default`` or ``onednn``).
         gauges: what the program measures beside its outputs.
         precise: the same graph without quantisation, for the first and last steps of a generation, or ``None``.
@@ -153,6 +226,7 @@ class Artifact:
     data_inputs: tuple[int, ...] = ()
     timestep: int | None = None
     watch_weights: bool = True
+    controls: Controls = Controls()
     fp32_matmul: str = "default"
     gauges: tuple[Gauge, ...] = ()
     precise: Artifact | None = None

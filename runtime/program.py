@@ -15,11 +15,15 @@ from ditc.kernels.errors import DitcError
 from ditc.kernels.matmul import fp32_matmul
 
 from .artifact import Artifact
+from .guards import GuardLog, GuardStats
 from .release import refuse_released
 from .session import Slot, current_session, find_slot, listen_to_diffusers
 from .weights import Memory, WeightCache
 
 _programs: weakref.WeakSet[Program] = weakref.WeakSet()
+
+_MOST_VECTORS = 64
+"""Vectors of controls that a program keeps on its device."""
 
 
 def programs_of(module: torch.nn.Module) -> list[Program]:
@@ -37,6 +41,7 @@ class _Owner:
     calls: int = 0
     precise: int = 0
     gauges: dict[str, tuple[torch.Tensor, int]] = field(default_factory=dict)
+    guards: GuardLog = field(default_factory=GuardLog)
 
     def add(self, name: str, values: torch.Tensor) -> None:
         """Takes note of a gauge's values, without waiting for a GPU."""
@@ -96,11 +101,13 @@ class Program:
         self.calls = 0
         self._owners: dict[int, _Owner] = {}
         self._lock = threading.Lock()
+        self._vectors: dict[tuple[Any, ...], torch.Tensor] = {}
         self._main = _Variant(artifact)
         self._precise = _Variant(artifact.precise) if artifact.precise is not None else None
         # finding the slot may read the timestep, which waits for a GPU: only for those who need it
         variants = [variant for variant in (self._main, self._precise) if variant is not None]
-        self._needs_slot = len(variants) > 1 or bool(artifact.state.entries) or any(v.watches for v in variants)
+        carries = bool(artifact.state.entries or artifact.controls)
+        self._needs_slot = len(variants) > 1 or carries or any(v.watches for v in variants)
         self.caches = [variant.weights for variant in variants if variant.weights is not None]
         _programs.add(self)
         listen_to_diffusers()
@@ -118,11 +125,16 @@ class Program:
         owner = self._count_call(inputs, variant is self._precise)
         state: tuple[torch.Tensor, ...] = ()
         if artifact.state.entries:
-            state = slot.tensors or artifact.state.initial(self._device(inputs))
+            state = slot.tensors or artifact.state.initial(self._device(inputs), inputs)
+        if artifact.controls:
+            state = (*state, self._controls(self._device(inputs)))
         outputs = variant(inputs, state, thorough=slot.calls == 0)
         gauges = variant.artifact.gauges
         own = len(outputs) - len(artifact.state.entries) - len(gauges)
-        slot.commit(tuple(outputs[own + len(gauges) :]))
+        new = tuple(outputs[own + len(gauges) :])
+        if owner is not None and artifact.controls:
+            owner.guards.record(artifact.state, slot.calls, new)
+        slot.commit(new)
         if not gauges and not artifact.state.entries:
             return outputs
         if owner is not None:
@@ -130,6 +142,21 @@ class Program:
                 for gauge, values in zip(gauges, outputs[own:], strict=False):
                     owner.add(gauge.name, values)
         return outputs[:own]
+
+    def _controls(self, device: torch.device) -> torch.Tensor:
+        """The numbers of this call, on the device; those of the call before where they are the same."""
+        current = current_session()
+        overrides, steps = (current.cache, current.steps) if current is not None else ({}, None)
+        try:
+            key = (device, *self.artifact.controls.values(overrides, steps))
+        except ValueError as error:
+            raise DitcError(str(error)) from None
+        found = self._vectors.get(key)
+        if found is None:
+            if len(self._vectors) >= _MOST_VECTORS:
+                self._vectors.clear()
+            self._vectors[key] = found = torch.tensor(key[1:], dtype=torch.float32).to(device)
+        return found
 
     def _variant(self, step: int) -> _Variant:
         """What runs at the ``step``-th call (from 0) of a branch. Calls beyond the announced number are precise."""
@@ -192,6 +219,12 @@ class Program:
                 totals = torch.stack([total.cpu() for total, _ in sums]).sum(0) / calls
                 found[gauge.name] = dict(zip(gauge.labels, totals.tolist(), strict=True))
         return found
+
+    def guard_by(self, owned: dict[int, torch.Tensor]) -> GuardStats | None:
+        """What the guard decided in those of :meth:`calls_by`, if there is a guard; waits for the device."""
+        if not self.artifact.controls:
+            return None
+        return GuardStats(tuple(step for entry in self._owned(owned) for step in entry.guards.steps()))
 
     def _owned(self, owned: dict[int, torch.Tensor]) -> list[_Owner]:
         return [e for key, e in list(self._owners.items()) if key in owned and e.weight() is owned[key]]

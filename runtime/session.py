@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -80,11 +80,13 @@ class Session:
     """All state of one trajectory: a slot for each program, branch and set of input shapes.
 
     A session may be entered again (``with session(resume)``) to interleave the steps of several requests. ``steps`` is
-    how many calls each branch of the generation will make, where somebody said so.
+    how many calls each branch of the generation will make, where somebody said so; ``cache`` what cache guards are
+    told instead of the plan's numbers.
     """
 
     request: str | None = None
     steps: int | None = None
+    cache: dict[str, float] = field(default_factory=dict)
     _slots: weakref.WeakKeyDictionary[Any, dict[tuple[str | None, Signature], Slot]] = field(
         default_factory=weakref.WeakKeyDictionary
     )
@@ -136,13 +138,17 @@ def current_branch() -> str | None:
 
 
 @contextmanager
-def session(request: str | Session | None = None, *, steps: int | None = None) -> Iterator[Session]:
+def session(
+    request: str | Session | None = None, *, steps: int | None = None, cache: Mapping[str, float] | None = None
+) -> Iterator[Session]:
     """Opens the session of one generation: calls of compiled programs inside share state with nobody outside.
 
     Args:
         request: a label for reports, or a :class:`Session` to go on with.
         steps: how often the generation will call the model in each branch of guidance: the number of steps, for
             samplers with one call a step. A plan with ``precise_last`` needs it.
+        cache: numbers of the cache guards (``threshold``, ``warmup``, ...) instead of the plan's; from now on, where a
+            session goes on. Nothing is compiled anew.
 
     Raises:
         ValueError: ``steps`` is below 1, or is not what a session to go on with was opened with.
@@ -153,6 +159,7 @@ def session(request: str | Session | None = None, *, steps: int | None = None) -
     if steps is not None and mine.steps not in (None, steps):
         raise ValueError(f"this session was opened with steps={mine.steps}, got steps={steps}")
     mine.steps = steps if steps is not None else mine.steps
+    mine.cache = dict(cache) if cache is not None else mine.cache
     token = _session.set(mine)
     try:
         yield mine

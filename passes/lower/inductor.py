@@ -35,12 +35,32 @@ def lower_inductor(graph: fx.GraphModule, plan: Plan) -> Callable[..., Sequence[
     placeholders = graph.graph.find_nodes(op="placeholder")
     examples = [node.meta["val"] for node in placeholders]
     _mark_static(graph, placeholders)
+    _pin_operands(graph)
     device = device_of(graph)
     ours = (aten.lowerings(device), quantize.lowerings(device), linear.lowerings(device))
     table = {**select_decomp_table(), **ours[0], **ours[1], **ours[2]}
     with compiler_config.patch(cache_key_tag=f"ditc-{plan.key()}"):  # type: ignore[attr-defined]
         compiled = compile_fx(graph, examples, config_patches=mode_options(plan.mode), decompositions=table)
     return cast(Callable[..., Sequence[Any]], compiled)
+
+
+def _pin_operands(graph: fx.GraphModule) -> None:
+    """Holds the operands of branches to the layout that the branches were traced with: inductor compiles those first
+    and may then lay out differently what is in front of them."""
+    for branch in graph.graph.find_nodes(op="call_function", target=torch.ops.higher_order.cond):
+        operands = []
+        for operand in branch.args[3]:
+            if operand.op == "call_function" and isinstance(operand.meta["val"], torch.Tensor):
+                strides = list(operand.meta["val"].stride())
+                with graph.graph.inserting_before(branch):
+                    pinned = graph.graph.call_function(
+                        torch.ops.prims.inductor_force_stride_order.default, (operand, strides)
+                    )
+                pinned.meta = dict(operand.meta)
+                operand = pinned
+            operands.append(operand)
+        branch.args = (*branch.args[:3], tuple(operands))
+    graph.recompile()
 
 
 def _mark_static(graph: fx.GraphModule, placeholders: Sequence[fx.Node]) -> None:

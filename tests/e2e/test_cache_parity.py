@@ -1,0 +1,64 @@
+"""Cache guards against caches that nobody here wrote: bit by bit, on models that nobody here named."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ditc
+
+STEPS = 8
+Inputs = Mapping[str, Any]
+
+# thresholds at which, with random weights, some steps are reused and some are not
+CASES = [("flux", 0.4), ("wan", 0.1), ("cogvideox", 0.2), ("ltx", 0.1)]
+
+
+def at_step(kwargs: Inputs, i: int) -> dict[str, Any]:
+    """The inputs of the first sample at step ``i`` of a trajectory."""
+    found = {name: v[:1] if isinstance(v, Tensor) and v.dim() and v.shape[0] == 2 else v for name, v in kwargs.items()}
+    time = kwargs["timestep"]
+    whole = not time.is_floating_point() or float(time.max()) > 1
+    found["timestep"] = ((1 - i / STEPS) * (1000 if whole else 1) * torch.ones(1)).to(time.dtype)
+    found["hidden_states"] = found["hidden_states"] * (1 - 0.03 * i)
+    return found
+
+
+def draw(
+    model: Callable[..., Any], kwargs: Inputs, context: Callable[[], AbstractContextManager[Any]] = nullcontext
+) -> list[Tensor]:
+    outputs = []
+    with torch.no_grad():
+        for i in range(STEPS):
+            with context():
+                output = model(**at_step(kwargs, i))
+            outputs.append(output[0] if isinstance(output, tuple) else output.sample)
+    return outputs
+
+
+@pytest.mark.parametrize(("name", "threshold"), CASES)
+def test_first_block_cache_of_diffusers(
+    name: str, threshold: float, zoo: Mapping[str, Callable[[], tuple[nn.Module, Any, Inputs]]]
+) -> None:
+    hooks = pytest.importorskip("diffusers.hooks")
+    model, _, kwargs = zoo[name]()
+    exact = draw(model, kwargs)
+    theirs: Any = copy.deepcopy(model)
+    theirs.enable_cache(hooks.FirstBlockCacheConfig(threshold=threshold))
+    expected = draw(theirs, kwargs, lambda: theirs.cache_context("cond"))
+    torch._dynamo.reset()
+    options = {"cache": {"policy": "first-block", "threshold": threshold, "warmup": 0}, "lower": "eager", "fuse": False}
+    with ditc.session():
+        ours = draw(torch.compile(model, backend="ditc", options=options, fullgraph=True), kwargs)
+    assert all(map(torch.equal, ours, expected))
+    guard = ditc.stats(model).programs[-1].guard
+    assert guard is not None and [step.hits == (True,) for step in guard.steps] == [
+        not torch.equal(a, b) for a, b in zip(expected, exact, strict=True)
+    ]
+    assert 0 < guard.hit_rate < 1, "reuse and computation both occur, or this shows little"
