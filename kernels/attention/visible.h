@@ -152,8 +152,13 @@ struct Visible {
     const char* row = mask.there() ? mask.at(bh / H, bh % H, query) : nullptr;
     if (row != nullptr && mask.one_row())
       for (int64_t w = 0; w < WORDS; ++w) shared[w] = mask.seen(row, begin + 64 * w, Lk - begin - 64 * w, seen.adds);
+    const bool alike = !causal && window >= Lk - 1 && (row == nullptr || mask.one_row());
     for (int i = 0; i < count; ++i) {
       const int64_t at = query + i;
+      if (alike && i > 0 && (blocks == nullptr || at % SPARSE != 0)) {
+        std::copy_n(seen.bits[i - 1], WORDS, seen.bits[i]);
+        continue;
+      }
       for (int64_t w = 0; w < WORDS; ++w) {
         const int64_t key = begin + 64 * w;
         uint64_t bits = lowest(to(at) - key) & ~lowest(from(at) - key);
