@@ -396,11 +396,12 @@ def test_references_through_inductor(make_dit: Any, dit_inputs: Any, choice: str
 def test_one_graph_serves_other_lengths(choice: str, sparse: float, request: pytest.FixtureRequest) -> None:
     if choice == "int8":
         request.getfixturevalue("has_kernel")
-    model, inputs = example()
+    model, inputs = example(keys=150)
     plan = {"attention": choice, "lower": "eager", "attention_sparse": sparse}
     module = ditc.compile(model, plan, dynamic=True)
     with torch.no_grad():
-        for length in (40, 72, 136):
+        # a single block of queries would be a graph of its own
+        for length in (136, 200, 271):
             x = torch.randn(2, length, 72)
             assert error(module(x, inputs[1]), model(x, inputs[1])) < TOLERANCE[choice]
     assert len(ditc.stats(module).programs) == 1
