@@ -77,11 +77,12 @@ def as_e4m3(byte):
 def scores_of(
     q_MD, q_scales, factor_M, k, k_blocks, k_scale, bias, begin, Lk, scale,
     QK: tl.constexpr, NATIVE: tl.constexpr, FP8: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    EDGE: tl.constexpr,
+    EDGE: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
-    """Scores ``[M, KEYS]`` of the keys from ``begin`` on, scaled.
+    """Scores ``[M, KEYS]`` of the keys from ``begin`` on; ``bias`` is one row for all queries here.
 
-    ``factor_M`` is what the queries' scales and ``scale`` make together. ``bias`` is one row for all queries here.
+    ``factor_M`` is what the queries' scales and ``|scale|`` make together. It is left out where it is to follow the
+    largest score (``LATE``): the multiplication then costs nothing.
     """
     M: tl.constexpr = q_MD.shape[0]
     PACK: tl.constexpr = 2 if QK == "nvfp4" else 1
@@ -101,7 +102,9 @@ def scores_of(
         )  # fmt: skip
     else:
         s_MN = tl.dot(q_MD, tl.trans(k_ND), out_dtype=tl.float32)
-    s_MN = s_MN * factor_M[:, None] * factor_N[None, :]
+    s_MN = s_MN * tl.where(scale < 0, -factor_N, factor_N)[None, :]
+    if not LATE:
+        s_MN = s_MN * factor_M[:, None]
     if bias is not None:
         s_MN += (tl.load(bias + key_N, mask=key_N < Lk, other=0.0) * scale)[None, :]
     return s_MN
@@ -184,18 +187,27 @@ def attend_tile(
 ):  # fmt: skip
     """One step of the online softmax: the sums over all keys before ``begin + KEYS``, relative to the new maximum."""
     FULL: tl.constexpr = LOG2_448 if PV == "fp8" else LOG2_2688 if PV == "nvfp4" else 0.0
+    ADDED: tl.constexpr = mask is not None and mask.dtype.element_ty != tl.uint8
+    LATE: tl.constexpr = bias is None and not ADDED
     s_MN = scores_of(
-        q_MD, q_scales, factor_M, k, k_blocks, k_scale, bias, begin, Lk, scale, QK, NATIVE, FP8, D, BLOCK_D, EDGE
+        q_MD, q_scales, factor_M, k, k_blocks, k_scale, bias, begin, Lk, scale, QK, NATIVE, FP8, D, BLOCK_D, EDGE, LATE
     )  # fmt: skip
     s_MN = hide(
         s_MN, mask, blocks, row_M, begin, Lq, Lk, mask_q, mask_k, window, seen_M, MASK_ROWS, CAUSAL, BANDED, EDGE
     )  # fmt: skip
-    now_M = tl.maximum(top_M, tl.max(s_MN, axis=1))
+    largest_M = tl.max(s_MN, axis=1)
+    now_M = tl.maximum(top_M, largest_M * factor_M if LATE else largest_M)
     # a row that has seen nothing yet has no largest score
     base_M = tl.where(now_M == float("-inf"), 0.0, now_M)
     share_M = tl.exp2(top_M - base_M)
     # weights fill the range of their format; what is too much in them is too much in their sum
-    p_MN = tl.exp2(s_MN - (base_M - FULL)[:, None])
+    lift_M = FULL - base_M
+    if LATE:
+        p_MN = tl.exp2(
+            tl.fma(s_MN, tl.broadcast_to(factor_M[:, None], s_MN.shape), tl.broadcast_to(lift_M[:, None], s_MN.shape))
+        )
+    else:
+        p_MN = tl.exp2(s_MN + lift_M[:, None])
     acc_MD, total_M = add_values(
         acc_MD * share_M[:, None], total_M * share_M, p_MN, v, v_blocks, v_stride, begin, Lk,
         PV, NATIVE, FP8, DV, BLOCK_DV, EDGE,
@@ -264,7 +276,9 @@ def attention_kernel(
     q_MD = load_tokens(q, first_row, Lq, D // PACK, BLOCK_M, BLOCK_D // PACK, True)
     q_scales = load_tokens(q_blocks, first_row, Lq, D // 16, BLOCK_M, BLOCK_D // 16, True) if QK == "nvfp4" else None
     q_MD = operand_of(q_MD, q_scales, QK, NATIVE, FP8)
-    factor_M = tl.load(q_scale + head * Lq + row_M, mask=row_M < Lq, other=0.0) * scale
+    factor_M = tl.load(q_scale + head * Lq + row_M, mask=row_M < Lq, other=0.0) * tl.abs(scale)
+    # never zero: it meets the scores of hidden keys, -inf
+    factor_M = tl.where(factor_M < 1.1754943508222875e-38, 1.1754943508222875e-38, factor_M)  # 2**-126
 
     # tiles up to `full` need no look at their borders, those up to `end` do
     start, end, full = 0, Lk, Lk // KEYS * KEYS

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 FEW = 64
 """Up to so many queries a smaller tile is used, where the products admit one."""
 
+_ROOMY = ((8, 0), (9, 0))
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -41,4 +43,6 @@ def tile_for(qk: str, native: bool, features: int, queries: int, capability: tup
         return Tile(32 if qk == "nvfp4" else 64, 8, 2)
     if qk == "nvfp4" and not native and capability[0] != 9 and not own_memory:
         return Tile(64, 8, 2)
-    return Tile(64, 4, 2) if queries <= FEW else Tile(128, 8, 3)
+    if queries <= FEW:
+        return Tile(64, 4, 2)
+    return Tile(128, 8, 3 if capability in _ROOMY or own_memory else 2)

@@ -197,6 +197,20 @@ def test_what_is_no_number_goes_where_the_reference_has_it(device: str, recipe: 
 
 
 @pytest.mark.parametrize(("recipe", "way"), WAYS)
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 1e-30])
+@pytest.mark.parametrize("mask", ["rows", "added"])
+def test_scales_that_nobody_uses(device: str, recipe: str, way: str, scale: float, mask: str) -> None:
+    shape = (1, 2, 2, 5, 70, 16)
+    q, k, v = operands(shape, "normal", torch.float32, 10, device)
+    q[0, 0, 1] = 0
+    found, _ = visibility(shape, mask, False, 10, device)
+    parts = quantize_operands(q, k, v, RECIPES[recipe])
+    arguments = (parts.q, parts.k, parts.v, recipe, scale, torch.float32, parts.bias, found)
+    actual = attention_triton(*arguments, **options(way, device))
+    assert_agrees(actual, attention_quantized_reference(*arguments), v, recipe, device)
+
+
+@pytest.mark.parametrize(("recipe", "way"), WAYS)
 def test_rows_that_see_nothing_are_zero(device: str, recipe: str, way: str) -> None:
     q, k, v = operands((1, 1, 1, 130, 130, 32), "normal", torch.float32, 6, device)
     blocks = torch.tensor([[1, 1, 0], [0, 0, 0], [0, 1, 0]], dtype=torch.bool, device=device)[None, None]
