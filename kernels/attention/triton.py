@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .quantized import check_quantized
-from .recipe import Recipe, recipe_of
+from .recipe import KEYS, Recipe, recipe_of
 from .triton_kernel import attention_kernel
 from .triton_tiles import block_of, tile_for
 
@@ -70,9 +70,9 @@ def _launch(
         queries, keys, values, q_blocks, k_blocks, v_blocks, q_scale, k_scale, v_scale,
         None if bias is None else bias.contiguous(), seen, None if blocks is None else _bytes(blocks).contiguous(), out,
         H, Lq, Lk, *values.stride()[:3], *mask_strides, scale * math.log2(math.e), min(window, Lk),
-        GROUP=H // G, QK=recipe.qk, PV=recipe.pv, NATIVE=native, FP8=fp8, D=D, DV=DV, BLOCK_D=block_of(D),
-        BLOCK_DV=block_of(DV), BLOCK_M=tile.M, MASK_ROWS=mask_strides[2] != 0, CAUSAL=causal, BANDED=window >= 0,
-        RAGGED=Lk % 64 != 0, num_warps=tile.warps, num_stages=tile.stages,
+        GROUP=H // G, QK=recipe.qk, PV=recipe.pv, NATIVE=native, FP8=fp8, D=D, DV=DV, BLOCK_D=block_of(D, native),
+        BLOCK_DV=block_of(DV, native), BLOCK_M=tile.M, MASK_ROWS=mask_strides[2] != 0, CAUSAL=causal,
+        BANDED=window >= 0, RAGGED=Lk % KEYS != 0, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 

@@ -25,9 +25,12 @@ class Tile:
     """Tiles of keys and values in flight, and one in use."""
 
 
-def block_of(features: int) -> int:
-    """The power of two that holds a head's features: what tiles are padded to."""
-    return max(16, 1 << (features - 1).bit_length())
+def block_of(features: int, native: bool = False) -> int:
+    """The power of two that holds a head's features, what tiles are padded to.
+
+    Products of bytes need 32 at least, ``native`` ones of NVFP4 64.
+    """
+    return max(64 if native else 32, 1 << (features - 1).bit_length())
 
 
 def tile_for(qk: str, native: bool, features: int, queries: int, capability: tuple[int, int]) -> Tile:

@@ -66,11 +66,11 @@ def _compile(
     types = SIGNATURE | {"q": CODES[found.qk], "k": CODES[found.qk], "v": CODES[found.pv]}
     if mode == "decode":
         types = {name: "*u8" if kind == "*fp8e4nv" else kind for name, kind in types.items()}
+    native = mode == "native"
     constants: dict[str, Any] = {
-        "GROUP": 1, "QK": found.qk, "PV": found.pv, "NATIVE": mode == "native",
-        "FP8": "decode" if mode == "decode" else "cast", "D": D, "DV": features, "BLOCK_D": block_of(D),
-        "BLOCK_DV": block_of(features), "BLOCK_M": tile.M, "MASK_ROWS": mask_rows, "CAUSAL": causal, "BANDED": banded,
-        "RAGGED": ragged,
+        "GROUP": 1, "QK": found.qk, "PV": found.pv, "NATIVE": native, "FP8": "decode" if mode == "decode" else "cast",
+        "D": D, "DV": features, "BLOCK_D": block_of(D, native), "BLOCK_DV": block_of(features, native),
+        "BLOCK_M": tile.M, "MASK_ROWS": mask_rows, "CAUSAL": causal, "BANDED": banded, "RAGGED": ragged,
     }  # fmt: skip
     constants |= {} if found.qk == "nvfp4" else {"q_blocks": None, "k_blocks": None}
     constants |= {} if found.pv == "nvfp4" else {"v_blocks": None}
@@ -161,6 +161,14 @@ def test_features_keep_the_instructions(build: Build, recipe: str, mode: str, ar
     plain, kernel = build(recipe, arch, mode=mode), build(recipe, arch, mode=mode, **FEATURES[feature])
     assert instructions(kernel.ptx) == instructions(plain.ptx)
     assert kernel.spills == 0 and kernel.shared <= SHARED[arch] * 1024
+
+
+@pytest.mark.parametrize(
+    ("recipe", "mode", "arch"),
+    [("int8_fp16", "", 90), ("fp8", "", 90), ("fp8", "decode", 80), ("nvfp4", "native", 100), ("nvfp4", "native", 120)],
+)
+def test_small_heads_compile(build: Build, recipe: str, mode: str, arch: int) -> None:
+    assert instructions(build(recipe, arch, 16, mode=mode).ptx)
 
 
 LABELLED = {
