@@ -65,10 +65,11 @@ def _parse_option(text: str) -> tuple[str, Any]:
     if not separator:
         raise typer.BadParameter(f"{text!r} is not NAME=VALUE")
     try:
-        # a number, true, false, or a table: {"self" = "int8"}
-        return name, tomllib.loads(f"value = {value}")["value"]
+        read = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         return name, value
+    # a number, true, false, or a table: {self = "int8"}; whatever else TOML would read is text here
+    return name, read if isinstance(read, (bool, int, float, dict)) else value
 
 
 def _register() -> None:

@@ -154,6 +154,22 @@ def test_command_refuses_with_what_would_be_right(arguments: tuple[str, ...], me
     assert message in str(done.exception) + done.output
 
 
+@pytest.mark.parametrize(
+    ("text", "plan"),
+    [
+        ("quantize=int8", {"quantize": "int8"}),
+        ("fuse=false", {"fuse": False}),
+        ("error_budget=30", {"error_budget": 30.0}),
+        ('attention={self = "int8", cross = "fp8"}', {"attention": {"self": "int8", "cross": "fp8"}}),
+        ("cost_table=2026-11-21", {"cost_table": "2026-11-21"}),
+    ],
+)
+def test_command_reads_values_of_plans(text: str, plan: dict[str, object]) -> None:
+    done = run("plan", "--set", text)
+    assert done.exit_code == 0, done.output
+    assert ditc.Plan.from_toml(done.stdout) == ditc.Plan(**plan)
+
+
 def test_command_prints_plans(tmp_path: Path) -> None:
     text = run("plan", "--set", "quantize=int8", "--set", "fuse=false").stdout
     assert ditc.Plan.from_toml(text) == ditc.Plan(quantize="int8", fuse=False)

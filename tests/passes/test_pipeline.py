@@ -20,7 +20,7 @@ from ditc.passes.pipeline import passes_for, rewrite
 from ditc.passes.plan import Plan
 from ditc.passes.rewrite import aten, calls
 from ditc.passes.verify import graph_text
-from ditc.runtime.artifact import StateEntry
+from ditc.runtime.artifact import Gauge, StateEntry
 
 
 @pytest.fixture
@@ -201,3 +201,42 @@ def test_state_is_declared_and_carried(capture: Capture) -> None:
         second, _ = done.graph(*inputs, state)
     assert torch.equal(first, state)
     assert torch.equal(second, 2 * first)
+
+
+def _gauge(graph: fx.GraphModule, ctx: PassContext) -> None:
+    output = graph.graph.output_node()
+    with graph.graph.inserting_before(output):
+        mean = graph.graph.call_function(aten.mean.default, (output.args[0][0],))  # type: ignore[index]
+        values = graph.graph.call_function(aten.reshape.default, (mean, [1]))
+    ctx.declare_gauge(graph, Gauge("mean", ("output",)), values)
+
+
+def test_gauges_stand_between_outputs_and_state(capture: Capture) -> None:
+    def state_then_gauge(graph: fx.GraphModule, ctx: PassContext) -> None:
+        (value,) = graph.graph.output_node().args[0]  # type: ignore[misc]
+        first = next(iter(graph.graph.nodes))
+        with graph.graph.inserting_before(first):
+            state = graph.graph.placeholder("before")
+        state.meta = {"val": value.meta["val"], INPUT: GraphInput("before", "state")}
+        # a state's placeholder stands behind the caller's
+        graph.graph.find_nodes(op="placeholder")[-1].append(state)
+        ctx.declare_state(StateEntry("before", tuple(value.meta["val"].shape), torch.float32))
+        graph.graph.output_node().args = ((value, state),)
+        _gauge(graph, ctx)
+
+    done = rewrite(capture, Plan(), (Harmful(state_then_gauge),))
+    assert done.gauges == (Gauge("mean", ("output",)),)
+    inputs = list(capture.examples)
+    (zero,) = done.state.initial(torch.device("cpu"))
+    with torch.no_grad():
+        output, gauge, state = done.graph(*inputs, zero)
+    assert torch.equal(gauge, output.mean().reshape(1)) and torch.equal(state, zero)
+
+
+def test_an_undeclared_gauge_is_caught(capture: Capture) -> None:
+    def act(graph: fx.GraphModule, ctx: PassContext) -> None:
+        _gauge(graph, ctx)
+        _undeclared_state(graph, ctx)
+
+    with pytest.raises(PassError, match="0 state entries and 1 gauges are declared, 2 are returned"):
+        rewrite(capture, Plan(), (Harmful(act),))

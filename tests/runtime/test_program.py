@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ditc.kernels.errors import WeightError
-from ditc.runtime.artifact import Artifact, Manifest, Piece, StateEntry, StateSpec
+from ditc.runtime.artifact import Artifact, Gauge, Manifest, Piece, StateEntry, StateSpec
 from ditc.runtime.program import Program
 from ditc.runtime.session import branch, end_generation, session
 
@@ -151,3 +151,51 @@ def test_state_spec() -> None:
         spec.check(initial[:1])
     with pytest.raises(ValueError, match="different names"):
         StateSpec((spec.entries[0], spec.entries[0]))
+
+
+def measuring(precise_first: int = 0) -> Program:
+    """Returns x and measures the mean and the maximum of it, beside one entry of state."""
+    value = torch.empty(2)
+
+    def segment(weight: Tensor, x: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        value.copy_(torch.stack([x.mean(), x.amax()]))  # as a CUDA graph overwrites what it returned
+        return x * weight, value, count + 1
+
+    def exact(weight: Tensor, x: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+        return x * weight, count + 1
+
+    state = StateSpec((StateEntry("count", (1,), torch.float32),))
+    more = Artifact((exact,), state, MANIFEST, data_inputs=(1,)) if precise_first else None
+    return Artifact(
+        (segment,), state, MANIFEST, owner=0, data_inputs=(1,), gauges=(Gauge("x", ("mean", "max")),),
+        precise=more, precise_first=precise_first,
+    ).load()  # fmt: skip
+
+
+def measured(program: Program, *owners: Tensor) -> dict[str, dict[str, float]]:
+    return program.gauges_by({id(owner): owner for owner in owners})
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_gauges_are_means_over_calls_of_one_owner(inference: bool) -> None:
+    program, one, two = measuring(), torch.ones(1), torch.ones(1)
+    assert measured(program, one) == {}
+    with torch.inference_mode(inference), session():
+        (out,) = program(one, torch.tensor([1.0, 3.0]))
+        program(one, torch.tensor([5.0, 7.0]))
+        program(two, torch.tensor([0.0, 1.0]))
+    program(two, torch.tensor([1.0, 2.0]))
+    assert out.tolist() == [1.0, 3.0]
+    assert measured(program, one) == {"x": {"mean": 4.0, "max": 5.0}}
+    assert measured(program, two) == {"x": {"mean": 1.0, "max": 1.5}}
+    assert measured(program, one, two) == {"x": {"mean": 2.5, "max": 3.25}}
+
+
+def test_precise_steps_measure_nothing() -> None:
+    program, owner = measuring(precise_first=1), torch.ones(1)
+    with session() as current:
+        for value in (9.0, 2.0):
+            (out,) = program(owner, torch.full((2,), value))
+            assert out.tolist() == [value] * 2
+        assert current.bytes() == 4, "the state goes on, the gauges are none of it"
+    assert measured(program, owner) == {"x": {"mean": 2.0, "max": 2.0}}
