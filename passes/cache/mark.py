@@ -34,7 +34,7 @@ class MarkBorders:
        front of them ``source``.
     2. What leaves the middle, streams and values that skip over to later blocks, becomes ``exit``; a stream that
        entered in the same shape, or joined of several that did, is kept as a residual to it.
-    3. For policies that look at it, what the first block's projections read becomes ``indicator``.
+    3. For policies that look at it, what the first block's first linear reads becomes ``indicator``.
     4. A policy that skips the whole model has the latent as its entry and the model's output as its exit.
     """
 
@@ -64,10 +64,11 @@ class MarkBorders:
         main = _main(structure, _streams_of(chain[max(front - 1, 0)], entries))
         indicator = _indicator(graph, chain[0], nodes) if "indicator" in needs else None
         if "indicator" in needs and indicator is None:
-            return self._nothing("the first block has no projection of queries whose input could be looked at")
+            return self._nothing("the first block has no linear on the token path whose input could be looked at")
         if "source" in needs and (source is None or main is None or _sizes(source) != _sizes(main)):
             return self._nothing("the main stream changes its shape in the front blocks")
-        batch = all(_has_batch(node) for node, _ in (*entries, *((e, None) for e in exits)))
+        looked_at = [node for node in (source if "source" in needs else None, indicator) if node is not None]
+        batch = all(map(_has_batch, [*(entry for entry, _ in entries), *exits, *looked_at]))
         marked = 0
         bases = {exit: _base(exits[exit], exit, entries) for exit in exits}
         for exit in exits:
@@ -186,11 +187,11 @@ def _base(stream: Stream | None, exit: fx.Node, entries: Entering) -> tuple[tupl
 
 
 def _indicator(graph: fx.GraphModule, first: _Link, nodes: dict[str, fx.Node]) -> fx.Node | None:
-    """What the first block's query projection reads."""
+    """What the first block's first linear on the token path reads: in most models, what its queries are made of."""
     inside = set(first.block.nodes)
     for node in calls(graph, aten.linear.default):
         facts = facts_of(node)
-        if node.name in inside and facts is not None and facts.role in (Role.QUERY, Role.QKV, Role.QKV_MLP):
+        if node.name in inside and facts is not None and facts.role not in (None, Role.MODULATION, Role.UNKNOWN):
             found = node.args[0]
             return found if isinstance(found, fx.Node) else None
     return None

@@ -29,7 +29,7 @@ class Seen:
         batch: whether dimension 0 of everything counts samples; else there is one decision for all, S = 1.
         source: stream in front of the front blocks; ``None`` where the policy did not ask for it.
         entry: stream at the entry of the region.
-        indicator: what the first block's projections read.
+        indicator: what the first block's first linear reads.
         output: behind the region, for ``settle``: as reused or computed.
         step: int64 ``[S]``, from 0.
     """

@@ -12,6 +12,12 @@ import torch
 from torch import Tensor, nn
 
 import ditc
+from ditc.passes.cache.guard import GuardRegion
+from ditc.passes.cache.mark import MarkBorders
+from ditc.passes.cache.options import CacheOptions, Policy
+from ditc.passes.capture import capture_export
+from ditc.passes.pipeline import rewrite
+from ditc.passes.plan import Plan
 
 STEPS = 8
 Inputs = Mapping[str, Any]
@@ -62,3 +68,32 @@ def test_first_block_cache_of_diffusers(
         not torch.equal(a, b) for a, b in zip(expected, exact, strict=True)
     ]
     assert 0 < guard.hit_rate < 1, "reuse and computation both occur, or this shows little"
+
+
+# streams that join, stacks that alternate, long skips, sound beside pictures, no attention at all, windows
+SHAPES = ["flux", "latte", "uvit", "ltx2", "hunyuan_video", "mixer", "window_dit"]
+
+
+@pytest.mark.parametrize(
+    ("policy", "name"),
+    [*(("first-block", n) for n in SHAPES), *(("teacache", n) for n in ("latte", "mixer", "window_dit"))],
+)
+def test_a_guard_that_computes_changes_no_bit_and_one_that_reuses_replays(
+    policy: Policy, name: str, zoo: Mapping[str, Callable[[], tuple[nn.Module, tuple[Any, ...], Inputs]]]
+) -> None:
+    model, args, kwargs = zoo[name]()
+    capture = capture_export(model, args, dict(kwargs))
+    plain = rewrite(capture, Plan(fuse=False), ())
+    with torch.no_grad():
+        exact = plain.graph(*capture.examples)
+    options = CacheOptions(policy=policy)
+    guarded = rewrite(capture, Plan(fuse=False), (MarkBorders(options), GuardRegion(options)))
+    state = guarded.state.initial(torch.device("cpu"))
+    hit = next(i for i, entry in enumerate(guarded.state.entries) if entry.name == "cache.hit")
+    for reuse in (False, True):
+        with torch.no_grad():
+            found = guarded.graph(*capture.examples, *state, torch.tensor([*options.controls().values()]))
+        outputs, state = found[: len(exact)], found[len(exact) :]
+        assert bool(state[hit].all()) == reuse
+        for mine, right in zip(outputs, exact, strict=True):
+            torch.testing.assert_close(mine, right, rtol=0, atol=1e-5 if reuse else 0)
