@@ -70,6 +70,35 @@ def test_first_block_cache_of_diffusers(
     assert 0 < guard.hit_rate < 1, "reuse and computation both occur, or this shows little"
 
 
+@pytest.mark.parametrize(("threshold", "front", "back", "warmup"), [(0.1, 1, 0, 2), (0.1, 1, 1, 3), (0.13, 2, 0, 3)])
+def test_dbcache_of_cache_dit(
+    threshold: float, front: int, back: int, warmup: int,
+    zoo: Mapping[str, Callable[[], tuple[nn.Module, Any, Inputs]]],
+) -> None:  # fmt: skip
+    """Its first generation; in later ones cache-dit 1.5 begins with what the one before left."""
+    cache_dit = pytest.importorskip("cache_dit")
+    model, _, kwargs = zoo["wan"]()
+    theirs: Any = copy.deepcopy(model)
+    cache_dit.enable_cache(
+        cache_dit.BlockAdapter(
+            transformer=theirs, blocks=theirs.blocks, forward_pattern=cache_dit.ForwardPattern.Pattern_2
+        ),
+        cache_config=cache_dit.DBCacheConfig(
+            Fn_compute_blocks=front, Bn_compute_blocks=back, residual_diff_threshold=threshold,
+            max_warmup_steps=warmup, num_inference_steps=STEPS,
+        ),
+    )  # fmt: skip
+    expected = draw(theirs, kwargs)
+    cache = {"policy": "first-block", "threshold": threshold, "front": front, "back": back, "warmup": warmup}
+    torch._dynamo.reset()
+    options = {"cache": cache, "lower": "eager", "fuse": False}
+    with ditc.session():
+        ours = draw(torch.compile(model, backend="ditc", options=options, fullgraph=True), kwargs)
+    assert all(map(torch.equal, ours, expected))
+    guard = ditc.stats(model).programs[-1].guard
+    assert guard is not None and 0 < guard.hit_rate < 1
+
+
 # streams that join, stacks that alternate, long skips, sound beside pictures, no attention at all, windows
 SHAPES = ["flux", "latte", "uvit", "ltx2", "hunyuan_video", "mixer", "window_dit"]
 
