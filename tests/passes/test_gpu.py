@@ -31,3 +31,22 @@ def test_right_answers_and_cuda_graphs(
         model.get_parameter("blocks.0.down.weight").mul_(-3.0)
         got, want = run(latent, timestep).clone(), model(latent, timestep)
         assert float((got.double() - want.double()).norm() / want.double().norm()) < 3e-2
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize(("attention", "tolerance"), [("int8", 3e-2), ("fp8", 9e-2), ("nvfp4", 3.5e-1)])
+@pytest.mark.parametrize("sparse", [0.0, 0.2])
+def test_attention_on_few_bits(
+    make_dit: Any, dit_inputs: Any, attention: str, tolerance: float, sparse: float, mode: str
+) -> None:
+    model = make_dit(width=128).to("cuda", torch.bfloat16)
+    run = ditc.compile(model, {"attention": attention, "attention_sparse": sparse, "mode": mode}, fullgraph=True)
+    with torch.inference_mode():
+        for time in (900.0, 600.0, 300.0):
+            latent, timestep = (x.cuda() for x in dit_inputs(size=48, time=time, dtype=torch.bfloat16))
+            got, want = run(latent, timestep).clone(), model(latent, timestep)
+            assert float((got.double() - want.double()).norm() / want.double().norm()) < tolerance
+    (program,) = ditc.stats(run).programs
+    assert program.untouched is None
+    kept = program.measured.get("attention kept", {})
+    assert len(kept) == (2 if sparse else 0) and all(0 < part <= 1 for part in kept.values())
