@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from .passes.errors import CaptureError, DitcError, PassError, PlanError, VerifyError
     from .passes.plan import Plan
     from .runtime.checkpoints import load_quantized, parameters_on_meta, save_modelopt
-    from .runtime.generate import generate
+    from .runtime.generate import Guidance, generate
+    from .runtime.samplers import Sampler, SamplerError, published
     from .runtime.session import Session, branch, session
 
 __version__ = _version("ditc")
@@ -36,7 +37,11 @@ _HOMES = {
     "load_and_quantize": "loading",
     "CheckpointError": "kernels.errors",
     "WeightError": "kernels.errors",
+    "Guidance": "runtime.generate",
     "generate": "runtime.generate",
+    "Sampler": "runtime.samplers",
+    "SamplerError": "runtime.samplers",
+    "published": "runtime.samplers",
     "load_quantized": "runtime.checkpoints",
     "parameters_on_meta": "runtime.checkpoints",
     "save_modelopt": "runtime.checkpoints",
@@ -58,9 +63,12 @@ __all__ = [
     "CheckpointError",
     "DitcError",
     "Explanation",
+    "Guidance",
     "PassError",
     "Plan",
     "PlanError",
+    "Sampler",
+    "SamplerError",
     "Session",
     "Stats",
     "VerifyError",
@@ -74,6 +82,7 @@ __all__ = [
     "load_and_quantize",
     "load_quantized",
     "parameters_on_meta",
+    "published",
     "save_modelopt",
     "session",
     "stats",
