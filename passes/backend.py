@@ -15,6 +15,7 @@ from ditc.kernels.matmul import fp32_matmul_reason
 from ditc.runtime.artifact import Artifact, Controls, Manifest, StateSpec
 
 from .attention.use import UseAttention
+from .cache.mark import MarkBorders
 from .capture import Capture, GraphInput, capture_dynamo, graph_inputs
 from .errors import CaptureError, PassError, PlanError
 from .lower.eager import lower_eager
@@ -170,7 +171,11 @@ def nothing_found(rewritten: Rewritten) -> str | None:
     return f"{names} was asked for, but there is no {missing}: {why}"
 
 
-_CANDIDATES = {QuantizeLinears.name: "linear on a token path inside a block", UseAttention.name: "attention"}
+_CANDIDATES = {
+    QuantizeLinears.name: "linear on a token path inside a block",
+    UseAttention.name: "attention",
+    MarkBorders.name: "chain of repeated blocks",
+}
 
 
 def assemble(rewritten: Rewritten, inputs: Sequence[GraphInput], plan: Plan, source: str) -> Artifact:

@@ -54,7 +54,8 @@ class MarkBorders:
         chain = _chain(structure, nodes)
         front, back = self.options.front_blocks, self.options.back
         if not chain:
-            return self._nothing("no repeated blocks on the path of the main tokens were found")
+            # a graph may be a fragment, or no transformer: there is no candidate, which is no error
+            return PassReport(self.name, 0, requested=True)
         if front + back >= len(chain):
             return self._nothing(f"front={front} and back={back} leave nothing of {len(chain)} blocks")
         body = chain[front : len(chain) - back]

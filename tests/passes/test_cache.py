@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import ditc
+from ditc.passes.backend import UntouchedWarning
 from ditc.passes.cache.guard import differences, forecast
 from ditc.passes.cache.policy import RULES
 from ditc.passes.errors import PlanError
@@ -272,6 +273,13 @@ def test_decisions_are_reported(model: nn.Module) -> None:
 def test_too_few_blocks_are_an_error(model: nn.Module) -> None:
     with pytest.raises(Exception, match="leave nothing of 4 blocks"):
         draw(compiled(model, {"policy": "first-block", "front": 2, "back": 2}), latents())
+
+
+def test_a_graph_without_blocks_runs_as_it_is() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.SiLU(), nn.Linear(8, 8)).eval()
+    x = torch.randn(3, 8)
+    with torch.no_grad(), pytest.warns(UntouchedWarning, match="chain of repeated blocks"):
+        assert torch.equal(compiled(model, {"policy": "first-block"})(x), model(x))
 
 
 def test_every_policy_is_tested() -> None:
