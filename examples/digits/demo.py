@@ -1,4 +1,4 @@
-"""The demo: the same clips through eager fp32, inductor and ditc INT8, timed, measured and drawn side by side."""
+"""The demo: the same clips through eager fp32, inductor and ditc in INT8, timed, measured and drawn side by side."""
 
 from __future__ import annotations
 
@@ -75,11 +75,15 @@ class DemoResult:
 
 
 def candidates() -> tuple[Candidate, ...]:
-    """Eager, what PyTorch's own compiler makes of it, and what ditc makes of it."""
+    """Eager, what PyTorch's own compiler makes of it, and what ditc makes of it: linears in INT8, and attention in what
+    is fastest on this machine."""
     return (
         Candidate(_REFERENCE, lambda model: model),
         Candidate("inductor fp32", torch.compile),
-        Candidate("ditc int8", _compile_with_ditc, _require_quantised),
+        Candidate("ditc int8", _compile_with_ditc({"quantize": "int8"}), _require_quantised),
+        Candidate(
+            "ditc int8 + attention", _compile_with_ditc({"quantize": "int8", "attention": "auto"}), _require_quantised
+        ),
     )
 
 
@@ -186,10 +190,13 @@ def _set_up(candidate: Candidate, model: nn.Module, guidance: float) -> tuple[Ca
     return runner, time.perf_counter() - start
 
 
-def _compile_with_ditc(model: nn.Module) -> Callable[..., Any]:
-    import ditc
+def _compile_with_ditc(plan: dict[str, Any]) -> Callable[[nn.Module], Callable[..., Any]]:
+    def prepare(model: nn.Module) -> Callable[..., Any]:
+        import ditc
 
-    return ditc.compile(model, ditc.Plan(quantize="int8"))
+        return ditc.compile(model, plan)
+
+    return prepare
 
 
 def _require_quantised(runner: Callable[..., Any]) -> None:
@@ -275,7 +282,7 @@ def demo(
     guidance: Annotated[float, typer.Option(min=0, max=20, help="Guidance scale; 1 for none")] = GUIDANCE,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON")] = False,
 ) -> None:
-    """Generate moving digits with eager PyTorch, inductor and ditc INT8; compare speed and quality; draw them."""
+    """Generate moving digits with eager PyTorch, inductor and ditc in INT8; compare speed and quality; draw them."""
     if out.exists() and not out.is_dir():
         raise typer.BadParameter(f"{out} is a file; a folder is needed", param_hint="--out")
     # the figures alone go to standard output

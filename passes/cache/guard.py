@@ -278,10 +278,14 @@ class _Guard:
             seen = Seen(self.batch, state["step"].to(torch.int64), output=output, **looked)
             new = self.rule.settle(seen, state, vectors, hit)
             reused = hit.float()
+            computed = state["computed"] + (1 - reused)
+            if not self.rule.needs:
+                # a policy that looks at nothing would not see NaN: what holds it does not count as computed
+                computed = torch.where(seen.finite(output), computed, 0.0)
             return new | {
                 "step": state["step"] + 1,
                 "run": (state["run"] + 1) * reused,
-                "computed": state["computed"] + (1 - reused),
+                "computed": computed,
                 "hit": reused,
                 "score": score.clone(),
             }

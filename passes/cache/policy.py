@@ -49,6 +49,10 @@ class Seen:
         """``mean|now - before| / mean|before|`` of each sample; NaN where nothing was there before."""
         return self.mean(now - before) / self.mean(before)
 
+    def finite(self, x: Tensor) -> Tensor:
+        """Whether a sample holds neither NaN nor infinity: bool ``[S]``."""
+        return x.isfinite().flatten(1).all(-1) if self.batch else x.isfinite().all().reshape(1)
+
     def pick(self, hit: Tensor, kept: Tensor, new: Tensor) -> Tensor:
         """``kept`` for samples that hit, ``new`` for the others."""
         return torch.where(hit.reshape(-1, *[1] * (kept.dim() - 1)), kept, new)

@@ -143,13 +143,21 @@ def test_interleaved_requests_and_branches(model: nn.Module) -> None:
                         assert torch.equal(out, alone[seed][i])
 
 
-def test_nan_is_computed_and_forgotten(model: nn.Module) -> None:
-    guarded = compiled(model, {"policy": "first-block", "threshold": 1e9})
+@pytest.mark.parametrize(
+    "cache",
+    [
+        {"policy": "first-block", "threshold": 1e9},
+        {"policy": "fixed", "interval": 50},
+        {"policy": "magcache", "ratios": [1.0], "threshold": 1e9},
+    ],
+)
+def test_nan_is_computed_and_forgotten(model: nn.Module, cache: Options) -> None:
+    guarded = compiled(model, cache)
     inputs = latents()
     inputs[3] = inputs[3] * float("nan")
     outputs = draw(guarded, inputs)
     assert [bool(o.isnan().any()) for o in outputs[:4]] == [False, False, False, True]
-    # what NaN left behind is never reused: the next score is NaN as well, so that step is computed
+    # what NaN left behind is never reused: the step after it is computed
     assert torch.equal(outputs[4], draw(model, inputs)[4]) and not outputs[-1].isnan().any()
 
 
