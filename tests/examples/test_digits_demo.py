@@ -178,11 +178,13 @@ def test_pictures_of_nothing_are_refused() -> None:
 
 
 @pytest.mark.slow
-def test_the_three_candidates_agree(tmp_path: Path) -> None:
+def test_the_candidates_agree(tmp_path: Path) -> None:
     result = run_demo(steps=4, clips_per_digit=1)
-    inductor, ditc = result.rows[1:]
+    inductor, *ditc = result.rows[1:]
     assert inductor.psnr is not None
     assert inductor.psnr > 60
-    assert ditc.psnr is not None
-    assert 15 < ditc.psnr < inductor.psnr
+    assert len(ditc) == 2
+    for row in ditc:
+        assert row.psnr is not None
+        assert 15 < row.psnr < inductor.psnr
     save_pictures(result, tmp_path)
