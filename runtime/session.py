@@ -148,14 +148,17 @@ def session(
         steps: how often the generation will call the model in each branch of guidance: the number of steps, for
             samplers with one call a step. A plan with ``precise_last`` needs it.
         cache: numbers of the cache guards (``threshold``, ``warmup``, ...) instead of the plan's; from now on, where a
-            session goes on. Nothing is compiled anew.
+            session goes on. A session inside another (as :func:`ditc.generate` opens one) begins with the other's.
+            Nothing is compiled anew.
 
     Raises:
         ValueError: ``steps`` is below 1, or is not what a session to go on with was opened with.
     """
     if steps is not None and steps < 1:
         raise ValueError(f"a generation has at least one step, got steps={steps}")
-    mine = request if isinstance(request, Session) else Session(request, steps)
+    around = _session.get()
+    inherited = dict(around.cache) if around is not None else {}
+    mine = request if isinstance(request, Session) else Session(request, steps, inherited)
     if steps is not None and mine.steps not in (None, steps):
         raise ValueError(f"this session was opened with steps={mine.steps}, got steps={steps}")
     mine.steps = steps if steps is not None else mine.steps

@@ -248,6 +248,15 @@ def test_plans_with_a_guard_are_stable_text() -> None:
     assert Plan(cache=plan.cache.model_dump() if plan.cache else None).key() == plan.key()
 
 
+def test_a_session_inside_another_begins_with_its_thresholds(model: nn.Module) -> None:
+    guarded, inputs = compiled(model, {"policy": "first-block", "threshold": 0.0}), latents()
+    with ditc.session(cache={"threshold": 1e9}):
+        loose = draw(guarded, inputs)
+        strict = draw(guarded, inputs, cache={"threshold": 0.0})
+    exact = draw(guarded, inputs)
+    assert reused(loose, exact) == [False] + [True] * (STEPS - 1) and not any(reused(strict, exact))
+
+
 def test_controls_are_checked(model: nn.Module) -> None:
     guarded = compiled(model, {"policy": "first-block"})
     with pytest.raises(ditc.DitcError, match="no control 'treshold'"):
