@@ -21,6 +21,7 @@ from torch import fx
 from ditc.runtime.artifact import Gauge, StateSpec
 
 from .attention.recognise import RecogniseAttention
+from .attention.sink import SinkTransposes
 from .attention.use import UseAttention
 from .base import Pass, PassContext, PassReport, Skip, count_operators
 from .cache.guard import GuardRegion
@@ -45,7 +46,7 @@ def passes_for(plan: Plan) -> tuple[Pass, ...]:
     return (
         *([MarkBorders(plan.cache)] if plan.cache else []),
         LowerModelopt(),
-        *((RecogniseAttention(), UseAttention.for_plan(plan)) if plan.changes_attention else ()),
+        *((RecogniseAttention(), SinkTransposes(), UseAttention.for_plan(plan)) if plan.changes_attention else ()),
         *([FuseLinears()] if plan.fuse else []),
         *([QuantizeLinears.for_plan(plan)] if plan.quantizes else []),
         FuseNeighbours(),
