@@ -72,6 +72,7 @@ def _pretend() -> Iterator[None]:
     """Inductor believes to have a Hopper: private, as of torch 2.13."""
     from torch._dynamo.device_interface import caching_worker_device_properties as properties
     from torch._inductor.runtime.hints import DeviceProperties
+    from torch.utils._triton import has_triton, has_triton_package
 
     known = DeviceProperties(
         type="cuda", index=0, multi_processor_count=132, cc=90, major=9, regs_per_multiprocessor=65536,
@@ -86,6 +87,10 @@ def _pretend() -> Iterator[None]:
             ("torch.utils._triton.triton_hash_with_backend", lambda: "none"),
         ):
             stack.enter_context(mock.patch(target, value))
+        # what was found out about this machine before, or is now about the other, is remembered
+        for remembers in (has_triton, has_triton_package):
+            remembers.cache_clear()
+            stack.callback(remembers.cache_clear)
         stack.enter_context(mock.patch.object(DeviceProperties, "create", lambda _: known))
         stack.enter_context(mock.patch.dict(properties, {"cuda": [_Hopper]}))
         yield
