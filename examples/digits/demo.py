@@ -232,7 +232,7 @@ def as_table(result: DemoResult, *, steps: int, guidance: float) -> Table:
         collapse_padding=True,
         pad_edge=False,
     )
-    table.add_column("", no_wrap=True)
+    table.add_column("", max_width=13)
     for column in (
         "set-up\ns",
         "clip\nms",
