@@ -32,6 +32,7 @@ from .errors import DitcError, PassError
 from .fuse import FuseLinears
 from .hoist import HoistWeights, Prologue
 from .plan import Plan
+from .quantize.files import PlanFiles, plan_files
 from .quantize.linears import QuantizeLinears
 from .quantize.modelopt import LowerModelopt
 from .quantize.neighbours import FuseNeighbours
@@ -42,13 +43,18 @@ from .verify import Before, graph_text, output_types, propagate, verify
 
 
 def passes_for(plan: Plan) -> tuple[Pass, ...]:
-    """The rewriting passes of a plan, in order. Canonicalisation runs before them, always."""
+    """The rewriting passes of a plan, in order. Canonicalisation runs before them, always.
+
+    Raises:
+        CalibrationError, CostError: a file that the plan names, and a pass needs, is missing or damaged.
+    """
+    files = plan_files(plan) if plan.changes_attention or plan.quantizes else PlanFiles()
     return (
         *([MarkBorders(plan.cache)] if plan.cache else []),
         LowerModelopt(),
-        *((RecogniseAttention(), SinkTransposes(), UseAttention.for_plan(plan)) if plan.changes_attention else ()),
+        *((RecogniseAttention(), SinkTransposes(), UseAttention(*files)) if plan.changes_attention else ()),
         *([FuseLinears()] if plan.fuse else []),
-        *([QuantizeLinears.for_plan(plan)] if plan.quantizes else []),
+        *([QuantizeLinears(*files)] if plan.quantizes else []),
         FuseNeighbours(),
         UseVnni(),
         HoistWeights(),

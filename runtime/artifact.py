@@ -143,13 +143,18 @@ class Controls:
                 raise ValueError(f"{name}={value!r}: a number from 0 up is wanted")
         found = dict(zip(self.names, self.defaults, strict=True)) | dict(overrides)
         if found.get(self.LAST) and steps is None:
-            raise ValueError(
-                f"last={found[self.LAST]:g} needs to know which steps are the last: wrap the generation in "
-                "`with ditc.session(steps=number_of_steps):`, or draw with ditc.generate"
-            )
+            raise ValueError(last_unknown(f"last={found[self.LAST]:g}"))
         if self.STEPS in found:
             found[self.STEPS] = float(steps or 0)
         return (*found.values(), *self.table)
+
+
+def last_unknown(setting: str) -> str:
+    """What to say where a setting is about the last steps, and nobody said which those are."""
+    return (
+        f"{setting} needs to know which steps are the last: wrap the generation in "
+        "`with ditc.session(steps=number_of_steps):`, or draw with ditc.generate"
+    )
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from ditc.kernels.errors import DitcError
 from ditc.kernels.matmul import fp32_matmul
 
-from .artifact import Artifact
+from .artifact import Artifact, last_unknown
 from .guards import GuardLog, GuardStats
 from .release import refuse_released
 from .session import Slot, current_session, find_slot, listen_to_diffusers
@@ -167,10 +167,7 @@ class Program:
             return self._precise if step < first else self._main
         current = current_session()
         if current is None or current.steps is None:
-            raise DitcError(
-                f"precise_last={last} needs to know which steps are the last: wrap the generation in "
-                "`with ditc.session(steps=number_of_steps):`, or draw with ditc.generate"
-            )
+            raise DitcError(last_unknown(f"precise_last={last}"))
         return self._precise if step < first or step >= current.steps - last else self._main
 
     def _slot(self, inputs: tuple[Any, ...]) -> Slot:

@@ -11,14 +11,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..hardware import ADA, AMPERE, BLACKWELL, NVFP4_TRITON, installed_triton
 from .quantized import attention_quantized, attention_quantized_reference
 from .recipe import recipe_of
 
 Implementation = Literal["native", "triton", "decoded", "reference"]
-
-BLACKWELL, ADA, AMPERE = (10, 0), (8, 9), (8, 0)
-NVFP4_TRITON = (3, 8)
-"""The first Triton that compiles native NVFP4."""
 
 
 def implementation(
@@ -72,7 +69,7 @@ def attention_quantized_cuda(
         ImportError: Triton is wanted and missing.
     """
     capability = torch.cuda.get_device_capability(q[0].device)
-    version = _triton_version() if recipe == "nvfp4" and capability >= BLACKWELL else NVFP4_TRITON
+    version = installed_triton() if recipe == "nvfp4" and capability >= BLACKWELL else NVFP4_TRITON
     chosen = implementation(recipe, capability, version)
     arguments = (q, k, v, recipe, scale, dtype, bias, mask, causal, blocks, window)
     if chosen == "reference":
@@ -83,10 +80,3 @@ def attention_quantized_cuda(
         # NVFP4's weights have scales in E4M3: before sm_89 those too are rounded without it
         fp8 = "cast" if capability >= ADA else "decode"
         return attention_triton(*arguments, native=chosen == "native", fp8=fp8)
-
-
-def _triton_version() -> tuple[int, int]:
-    import triton
-
-    major, minor = triton.__version__.split(".")[:2]
-    return int(major), int(minor)

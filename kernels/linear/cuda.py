@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..formats import format_of
+from ..hardware import ADA, AMPERE, BLACKWELL, NVFP4_TRITON, installed_triton
 from .op import (
     check_quantized_linear,
     check_weight_linear,
@@ -22,10 +23,6 @@ from .op import (
 )
 
 Implementation = Literal["int_mm", "scaled_mm", "native", "triton", "dequantize"]
-
-BLACKWELL, ADA, AMPERE = (10, 0), (8, 9), (8, 0)
-NVFP4_TRITON = (3, 8)
-"""The first Triton that compiles native NVFP4."""
 
 
 def implementation(
@@ -100,7 +97,7 @@ def quantized_linear_cuda(
     capability = torch.cuda.get_device_capability(x[0].device)
     N, K = weight[0].shape[0], weight[0].shape[1] * (2 if format in ("nvfp4", "mxfp4") else 1)
     M = x[0].shape[:-1].numel()
-    version = _triton_version() if format == "nvfp4" and capability >= BLACKWELL else NVFP4_TRITON
+    version = installed_triton() if format == "nvfp4" and capability >= BLACKWELL else NVFP4_TRITON
     chosen = implementation(format, M, N, K, capability, out_dtype=out_dtype, triton_version=version)
     with torch.cuda.device(x[0].device):  # Triton launches on the current one
         return run(chosen, x, weight, bias, gate, residual, format, out_dtype)
@@ -158,10 +155,3 @@ def weight_linear_cuda(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None,
 
     with torch.cuda.device(x.device):
         return weight_linear_triton(x, weight, bias, format)
-
-
-def _triton_version() -> tuple[int, int]:
-    import triton
-
-    major, minor = triton.__version__.split(".")[:2]
-    return int(major), int(minor)

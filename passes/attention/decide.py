@@ -14,7 +14,8 @@ import torch
 from torch import fx
 
 from ditc.kernels.attention import MAX_HEAD, RECIPES, attention_reason
-from ditc.kernels.attention.cuda import ADA, implementation
+from ditc.kernels.attention.cuda import implementation
+from ditc.kernels.hardware import ADA
 
 from ..plan import Plan
 from ..quantize.calibration import Calibration

@@ -14,9 +14,7 @@ from ditc.kernels import quantize as _quantize  # noqa: F401
 from ditc.runtime.artifact import Gauge
 
 from ..base import PassContext, PassReport, Skip
-from ..plan import Plan
 from ..quantize.calibration import Calibration
-from ..quantize.cost import load_table
 from ..quantize.tables import NATIVE, CostTable, DeviceKind
 from ..rewrite import new_call
 from ..structure import AttentionSite
@@ -48,18 +46,6 @@ class UseAttention:
     table: CostTable | None = None
     kind: DeviceKind | None = None
     """The device, where it is not one of this machine."""
-
-    @classmethod
-    def for_plan(cls, plan: Plan) -> UseAttention:
-        """The pass with the files that a plan names.
-
-        Raises:
-            CalibrationError, CostError: a file is missing or damaged.
-        """
-        return cls(
-            Calibration.load(plan.calibration) if plan.calibration is not None else None,
-            load_table(plan.cost_table) if plan.cost_table is not None else None,
-        )
 
     def __call__(self, graph: fx.GraphModule, ctx: PassContext) -> PassReport:
         """Rewrites every attention that is to be, and says of each what became of it and why."""

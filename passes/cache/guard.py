@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from ditc.runtime.artifact import StateEntry
+from ditc.runtime.artifact import StateEntry, StateSpec
 
 from ..base import PassContext, PassReport, Skip
 from ..capture import INPUT, GraphInput, fake_mode_of
@@ -58,7 +58,7 @@ class GuardRegion:
         builder = _Guard(graph, ctx, self.options, region, entries, {k: v for k, v in seen.items() if k in rule.needs})
         builder.build()
         remove_borders(graph)
-        details = (f"{len(region.nodes)} operators in the region, {ctx_bytes(ctx)} bytes of state",)
+        details = (f"{len(region.nodes)} operators in the region, {StateSpec(tuple(ctx.state)).bytes} bytes of state",)
         return PassReport(self.name, 1, requested=True, details=details)
 
     @staticmethod
@@ -69,11 +69,6 @@ class GuardRegion:
         gauges = returned[len(returned) - count - len(ctx.state) : len(returned) - len(ctx.state)]
         for node in dict.fromkeys(gauges):
             mark(graph, node, Border("exit", False))
-
-
-def ctx_bytes(ctx: PassContext) -> int:
-    """Bytes of all state declared so far."""
-    return sum(entry.bytes for entry in ctx.state)
 
 
 class _Guard:
@@ -94,7 +89,6 @@ class _Guard:
         self.seen = {kind: node for kind, node in seen.items() if node is not None}
         self.batch = region.exits[0].meta[BORDER].batch
         self.samples = region.exits[0].meta["val"].shape[0] if self.batch else 1
-        self.device = region.exits[0].meta["val"].device
         self.state: dict[str, fx.Node] = {}
 
     def build(self) -> None:

@@ -16,7 +16,7 @@ from ..base import PACK, PACKED_FROM, PassContext, PassReport, Skip
 from ..plan import Plan
 from ..rewrite import aten, calls, made_from_weights, new_call
 from .calibration import Calibration
-from .cost import CostTable, load_table
+from .cost import CostTable
 from .decide import Decision, Judge
 from .parts import unpack
 
@@ -42,18 +42,6 @@ class QuantizeLinears:
 
     calibration: Calibration | None = None
     table: CostTable | None = None
-
-    @classmethod
-    def for_plan(cls, plan: Plan) -> QuantizeLinears:
-        """The pass with the files that a plan names.
-
-        Raises:
-            CalibrationError, CostError: a file is missing or damaged.
-        """
-        return cls(
-            Calibration.load(plan.calibration) if plan.calibration is not None else None,
-            load_table(plan.cost_table) if plan.cost_table is not None else None,
-        )
 
     def __call__(self, graph: fx.GraphModule, ctx: PassContext) -> PassReport:
         """Quantises every linear that is to be, and says of each what became of it and why."""

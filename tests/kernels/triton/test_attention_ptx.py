@@ -13,9 +13,9 @@ pytest.importorskip("triton", reason="needs triton: pip install 'ditc[triton]'")
 import triton
 
 from ditc.kernels.attention import RECIPES
-from ditc.kernels.attention.cuda import NVFP4_TRITON
 from ditc.kernels.attention.triton_kernel import attention_kernel
 from ditc.kernels.attention.triton_tiles import FEW, block_of, tile_for
+from ditc.kernels.hardware import NVFP4_TRITON
 
 pytestmark = pytest.mark.ptx
 
