@@ -19,7 +19,8 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ditc.examples.digits.data import CLASSES, SIZE, Split, load_digits, make_clips, seeded
+from ditc.distill.seeds import seeded
+from ditc.examples.digits.data import CLASSES, SIZE, Split, load_digits, make_clips
 from ditc.examples.digits.model import WEIGHTS, check_video
 from ditc.runtime.quality import accuracy
 

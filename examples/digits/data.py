@@ -27,7 +27,6 @@ Split = Literal["teacher", "classifier", "held-out"]
 
 # rank within the class, modulo ten: neighbours are by the same hand, so every part sees every writer
 _PARTS: dict[Split, tuple[int, ...]] = {"teacher": (0, 2, 4, 6, 8), "classifier": (1, 5, 7), "held-out": (3, 9)}
-_MASK64 = (1 << 64) - 1
 
 
 @dataclass(frozen=True)
@@ -87,22 +86,6 @@ def load_digits(split: Split) -> Digits:
         rank[of_class] = torch.arange(int(of_class.sum()))
     index = torch.isin(rank % 10, torch.tensor(_PARTS[split])).nonzero().squeeze(1)
     return Digits(images[index], labels[index], index)
-
-
-def mix_seed(*parts: int) -> int:
-    """One 63-bit seed out of several integers (SplitMix64, Steele et al. 2014): neighbours give unrelated streams."""
-    state = 0
-    for part in parts:
-        state = (state ^ (part & _MASK64)) + 0x9E3779B97F4A7C15 & _MASK64
-        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & _MASK64
-        state = (state ^ state >> 27) * 0x94D049BB133111EB & _MASK64
-        state ^= state >> 31
-    return state >> 1
-
-
-def seeded(*parts: int) -> torch.Generator:
-    """A CPU generator for the stream that these integers name."""
-    return torch.Generator().manual_seed(mix_seed(*parts))
 
 
 def make_clips(

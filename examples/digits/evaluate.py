@@ -16,8 +16,9 @@ import typer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ditc.distill.seeds import seeded
 from ditc.examples.digits.classifier import Classifier, judge_clips, load_classifier
-from ditc.examples.digits.data import CLASSES, CLIP_SHAPE, Split, load_digits, make_clips, seeded
+from ditc.examples.digits.data import CLASSES, CLIP_SHAPE, Split, load_digits, make_clips
 from ditc.examples.digits.model import NULL_CLASS, WEIGHTS, class_tokens, load_transformer
 from ditc.runtime.generate import Denoiser, Guidance, generate
 from ditc.runtime.quality import accuracy, background_motion, frechet_distance

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ditc.examples.digits.data import Digits, make_clips, seeded
+from ditc.distill.seeds import seeded
+from ditc.examples.digits.data import Digits, make_clips
 from ditc.examples.digits.model import NULL_CLASS, TIMESTEPS, build_transformer, check_video, class_tokens
 
 Precision = Literal["bf16", "fp32"]

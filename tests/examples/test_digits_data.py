@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("sklearn")
 
+from ditc.distill.seeds import mix_seed, seeded
 from ditc.examples.digits.data import (
     CLIP_SHAPE,
     FRAMES,
@@ -16,8 +17,6 @@ from ditc.examples.digits.data import (
     draw_digits,
     load_digits,
     make_clips,
-    mix_seed,
-    seeded,
 )
 from ditc.examples.digits.evaluate import find_subject
 from ditc.runtime.quality import background_motion
