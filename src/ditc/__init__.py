@@ -2,8 +2,8 @@
 
 ``torch.compile(model, backend="ditc", options={"quantize": "int8"})`` needs no import of this package; what it offers
 beside that is here: :func:`compile`, :func:`explain`, :func:`stats`, :func:`calibrate`, :func:`generate`,
-:func:`load_quantized`, :func:`load_and_quantize`, :func:`save_modelopt`, :class:`Plan`, :func:`session`,
-:func:`branch`. Names are imported when they are first used, so that ``import ditc`` is cheap.
+:func:`optimize`, :func:`load_quantized`, :func:`load_and_quantize`, :func:`save_modelopt`, :class:`Plan`,
+:func:`session`, :func:`branch`. Names are imported when they are first used, so that ``import ditc`` is cheap.
 """
 
 from importlib import import_module
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from .loading import load_and_quantize
     from .passes.errors import CaptureError, DitcError, PassError, PlanError, VerifyError
     from .passes.plan import Plan
+    from .pipeline.optimize import OptimizedPipeline, optimize
+    from .pipeline.scheduler import ManifestScheduler
     from .runtime.checkpoints import load_quantized, parameters_on_meta, save_modelopt
     from .runtime.generate import Guidance, generate
     from .runtime.samplers import Sampler, SamplerError, published
@@ -37,6 +39,9 @@ _HOMES = {
     "load_and_quantize": "loading",
     "CheckpointError": "kernels.errors",
     "WeightError": "kernels.errors",
+    "OptimizedPipeline": "pipeline.optimize",
+    "optimize": "pipeline.optimize",
+    "ManifestScheduler": "pipeline.scheduler",
     "Guidance": "runtime.generate",
     "generate": "runtime.generate",
     "Sampler": "runtime.samplers",
@@ -64,6 +69,8 @@ __all__ = [
     "DitcError",
     "Explanation",
     "Guidance",
+    "ManifestScheduler",
+    "OptimizedPipeline",
     "PassError",
     "Plan",
     "PlanError",
@@ -81,6 +88,7 @@ __all__ = [
     "generate",
     "load_and_quantize",
     "load_quantized",
+    "optimize",
     "parameters_on_meta",
     "published",
     "save_modelopt",

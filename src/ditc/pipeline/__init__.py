@@ -1,0 +1,1 @@
+"""Diffusers pipelines around compiled transformers: :func:`ditc.optimize` and the scheduler of a manifest."""
