@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import ditc
 from ditc.passes.backend import UntouchedWarning
-from ditc.passes.cache.guard import differences, forecast
+from ditc.passes.cache.forecast import differences, forecast
 from ditc.passes.cache.policy import RULES
 from ditc.passes.errors import PlanError
 from ditc.passes.plan import Plan

@@ -1,0 +1,46 @@
+"""In front of the region: whether each sample reuses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from .policy import Seen, allowed
+from .state import Site
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Nodes that hold what was decided.
+
+    Attributes:
+        hit: bool ``[S]``, whether each sample reuses.
+        everyone: bool scalar, whether all do.
+        score: float32 ``[S]``, the number by which the policy decided.
+        vectors: the policy's own vectors of state as they are then.
+    """
+
+    hit: fx.Node
+    everyone: fx.Node
+    score: fx.Node
+    vectors: dict[str, fx.Node]
+
+
+def decide(site: Site) -> Decision:
+    """Adds the decision at the current insertion point; one that rests on NaN is to compute."""
+    kinds, names, rule, order = list(site.seen), site.remembered, site.rule, site.options.order
+
+    def run(controls: Tensor, *operands: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        looked = dict(zip(kinds, operands, strict=False))
+        state = dict(zip(names, operands[len(kinds) :], strict=True))
+        named = {name: controls[i] for i, name in enumerate(site.options.controls())}
+        step = state["step"].to(torch.int64)
+        would, score, vectors = rule.decide(Seen(site.batch, step, **looked), state, named, controls[len(named) :])
+        may = allowed(step, state["run"], named) & (state["computed"] > order)
+        hit = would & may & score.isfinite()
+        return hit, hit.all(), score, vectors
+
+    operands = [site.controls, *site.seen.values(), *(site.state[name] for name in names)]
+    return Decision(*site.trace(run, operands))

@@ -1,0 +1,114 @@
+"""What a guard carries from step to step, and the guard in the making that its parts share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from ditc.runtime.artifact import StateEntry
+
+from ..base import PassContext
+from ..capture import INPUT, GraphInput, fake_mode_of
+from ..trace import trace_here
+from .borders import BORDER, Border
+from .options import CacheOptions
+from .policy import Rule, rule_of
+from .region import Region
+from .sizes import state_size
+
+VECTORS = ("step", "run", "computed", "hit", "score")
+"""State of every guard, float32 ``[S]``: steps so far, reused ones in a row, computed ones; and of the last step
+whether it was reused, and the number by which the policy decided."""
+
+PLACE = {"ditc_cache": True}
+"""``meta`` of the nodes that a guard adds, besides their value."""
+
+
+@dataclass
+class Site:
+    """One guard in the making.
+
+    Attributes:
+        graph, ctx, options: of the pass.
+        region: what is guarded.
+        entries: border nodes in front of the region, to which exits are residuals.
+        seen: what the policy looks at in front of the region, by its name in :class:`.policy.Seen`.
+        state: the placeholder of each tensor of state by its name, in the order of declaration.
+        controls: the placeholder of the numbers that come with each call.
+    """
+
+    graph: fx.GraphModule
+    ctx: PassContext
+    options: CacheOptions
+    region: Region
+    entries: list[fx.Node]
+    seen: dict[str, fx.Node]
+    state: dict[str, fx.Node] = field(init=False, default_factory=dict)
+    controls: fx.Node = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._declare()
+
+    @property
+    def rule(self) -> Rule:
+        """The policy."""
+        return rule_of(self.options)
+
+    @property
+    def batch(self) -> bool:
+        """Whether each sample has a decision of its own."""
+        what: Border = self.region.exits[0].meta[BORDER]
+        return what.batch
+
+    @property
+    def samples(self) -> Any:
+        """How many decisions there are: an integer, or a symbolic one."""
+        return self.region.exits[0].meta["val"].shape[0] if self.batch else 1
+
+    @property
+    def remembered(self) -> list[str]:
+        """The state that policies read and write: all but what is kept of the exits."""
+        return [*VECTORS, *self.rule.vectors, *self.rule.tensors]
+
+    def kept(self, i: int) -> list[fx.Node]:
+        """What is kept of an exit: its value or residual, and its differences from step to step."""
+        return [self.state[f"kept.{i}.{order}"] for order in range(self.options.order + 1)]
+
+    def trace(self, run: Callable[..., Any], operands: Sequence[fx.Node], graph: fx.Graph | None = None) -> Any:
+        """:func:`trace_here` in this guard's graph, or in that of a branch."""
+        where = graph if graph is not None else self.graph.graph
+        return trace_here(where, fake_mode_of(self.graph), run, operands, PLACE)
+
+    def _declare(self) -> None:
+        """One placeholder for each tensor of state, and one for the controls."""
+        for name in (*VECTORS, *self.rule.vectors):
+            self._state(name, (self.samples,), torch.float32)
+        for name, like in self.rule.tensors.items():
+            value = (self.region.exits[0] if like == "output" else self.seen[like]).meta["val"]
+            self._state(name, value.shape, value.dtype)
+        for i, exit in enumerate(self.region.exits):
+            value = exit.meta["val"]
+            for order in range(self.options.order + 1):
+                self._state(f"kept.{i}.{order}", value.shape, value.dtype)
+        count = len(self.options.controls()) + len(self.options.table)
+        self.controls = self._placeholder("cache_controls", (count,), torch.float32)
+        self.controls.meta[INPUT] = GraphInput("cache.controls", "control")
+
+    def _state(self, name: str, shape: Sequence[Any], dtype: torch.dtype) -> None:
+        entry = StateEntry(f"cache.{name}", tuple(state_size(self.graph, size) for size in shape), dtype)
+        self.ctx.declare_state(entry)
+        node = self._placeholder(f"state_cache_{name.replace('.', '_')}", shape, dtype)
+        node.meta[INPUT] = GraphInput(entry.name, "state")
+        self.state[name] = node
+
+    def _placeholder(self, name: str, shape: Sequence[Any], dtype: torch.dtype) -> fx.Node:
+        with self.graph.graph.inserting_after(self.graph.graph.find_nodes(op="placeholder")[-1]):
+            node = self.graph.graph.placeholder(name)
+        example = self.region.exits[0].meta["val"]
+        with example.fake_mode:
+            node.meta = {"val": torch.empty(tuple(shape), dtype=dtype, device=example.device)}
+        return node
