@@ -12,7 +12,7 @@ from torch import fx
 from torch._inductor.compile_fx import compile_fx
 
 from ditc.kernels.matmul import fp32_matmul_reason
-from ditc.runtime.artifact import Artifact, Controls, Manifest, StateSpec
+from ditc.runtime.artifact import Artifact, Manifest, StateSpec
 
 from .attention.use import UseAttention
 from .cache.mark import MarkBorders
@@ -105,9 +105,10 @@ def _copy(capture: Capture) -> Capture:
 
 def unquantized(plan: Plan) -> Plan:
     """The same plan with neither linears nor attention on few bits."""
+    reads = plan.cache is not None and plan.cache.reads_calibration
     return Plan(
         fuse=plan.fuse, fp32_matmul=plan.fp32_matmul, weights=plan.weights, mode=plan.mode, lower=plan.lower,
-        cache=plan.cache,
+        cache=plan.cache, calibration=plan.calibration if reads else None,
     )  # fmt: skip
 
 
@@ -212,18 +213,10 @@ def assemble(rewritten: Rewritten, inputs: Sequence[GraphInput], plan: Plan, sou
         data_inputs=tuple(i for i, fact in enumerate(inputs) if fact.kind == "data"),
         timestep=timestep,
         watch_weights=plan.weights == "watch",
-        controls=_controls(plan) if rewritten.state.entries else Controls(),
+        controls=rewritten.controls,
         fp32_matmul=plan.fp32_matmul,
         gauges=rewritten.gauges,
     )
-
-
-def _controls(plan: Plan) -> Controls:
-    """The numbers of a plan that are inputs of the program."""
-    if plan.cache is None:
-        return Controls()
-    named = plan.cache.controls()
-    return Controls(tuple(named), tuple(named.values()), plan.cache.table)
 
 
 def _drop_unread(graph: fx.GraphModule, count: int) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import torch
 from torch import fx
 
-from ditc.runtime.artifact import Gauge, StateEntry
+from ditc.runtime.artifact import Controls, Gauge, StateEntry
 
 from .plan import Plan
 from .structure import Structure
@@ -52,13 +52,17 @@ class PassReport:
 
 @dataclass
 class PassContext:
-    """What a pass may know besides the graph, and where it declares what a program returns beside its outputs."""
+    """What a pass may know besides the graph, and where it declares what a program takes and returns beside its own.
+
+    ``controls`` are numbers that come with every call, in one placeholder of kind ``control`` behind the state.
+    """
 
     plan: Plan
     device: torch.device
     structure: Structure | None = None
     state: list[StateEntry] = field(default_factory=list)
     gauges: list[Gauge] = field(default_factory=list)
+    controls: Controls = Controls()
 
     def declare_state(self, entry: StateEntry) -> None:
         """Announces a tensor that the session carries from step to step.

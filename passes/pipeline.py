@@ -18,12 +18,13 @@ from pathlib import Path
 import torch
 from torch import fx
 
-from ditc.runtime.artifact import Gauge, StateSpec
+from ditc.runtime.artifact import Controls, Gauge, StateSpec
 
 from .attention.recognise import RecogniseAttention
 from .attention.sink import SinkTransposes
 from .attention.use import UseAttention
 from .base import Pass, PassContext, PassReport, Skip, count_operators
+from .cache.calibrated import with_calibration
 from .cache.guard import GuardRegion
 from .cache.mark import MarkBorders
 from .canonicalize import Canonicalize
@@ -48,9 +49,12 @@ def passes_for(plan: Plan) -> tuple[Pass, ...]:
     Raises:
         CalibrationError, CostError: a file that the plan names, and a pass needs, is missing or damaged.
     """
-    files = plan_files(plan) if plan.changes_attention or plan.quantizes else PlanFiles()
+    cache = plan.cache
+    reads = plan.changes_attention or plan.quantizes or (cache is not None and cache.reads_calibration)
+    files = plan_files(plan) if reads else PlanFiles()
+    cache = with_calibration(cache, files.calibration) if cache is not None else None
     return (
-        *([MarkBorders(plan.cache)] if plan.cache else []),
+        *([MarkBorders(cache)] if cache else []),
         LowerModelopt(),
         *((RecogniseAttention(), SinkTransposes(), UseAttention(*files)) if plan.changes_attention else ()),
         *([FuseLinears()] if plan.fuse else []),
@@ -58,7 +62,7 @@ def passes_for(plan: Plan) -> tuple[Pass, ...]:
         FuseNeighbours(),
         UseVnni(),
         HoistWeights(),
-        *([GuardRegion(plan.cache)] if plan.cache else []),
+        *([GuardRegion(cache)] if cache else []),
     )
 
 
@@ -66,7 +70,8 @@ def passes_for(plan: Plan) -> tuple[Pass, ...]:
 class Rewritten:
     """A graph after the passes: what was found in it, what was done to it, and the weights' prologue.
 
-    The graph returns the outputs that it was captured with, then ``gauges``, then ``state``.
+    The graph returns the outputs that it was captured with, then ``gauges``, then ``state``; behind its state it takes
+    ``controls``, where there are any.
     """
 
     graph: fx.GraphModule
@@ -75,6 +80,7 @@ class Rewritten:
     state: StateSpec
     prologue: Prologue | None
     gauges: tuple[Gauge, ...] = ()
+    controls: Controls = Controls()
 
 
 def rewrite(capture: Capture, plan: Plan, passes: tuple[Pass, ...] | None = None) -> Rewritten:
@@ -101,7 +107,8 @@ def rewrite(capture: Capture, plan: Plan, passes: tuple[Pass, ...] | None = None
             continue
         reports.append(_run(item, graph, ctx, outputs, number))
     prologue = graph.meta.pop(HoistWeights.PROLOGUE, None)
-    return Rewritten(graph, ctx.structure, tuple(reports), StateSpec(tuple(ctx.state)), prologue, tuple(ctx.gauges))
+    state, gauges = StateSpec(tuple(ctx.state)), tuple(ctx.gauges)
+    return Rewritten(graph, ctx.structure, tuple(reports), state, prologue, gauges, ctx.controls)
 
 
 def _run(item: Pass, graph: fx.GraphModule, ctx: PassContext, outputs: list[str], number: int) -> PassReport:

@@ -50,7 +50,8 @@ class Plan(BaseModel):
         "dynamic", description="ranges of activations: of each call, from a calibration, or weights only are quantised"
     )
     calibration: str | None = Field(
-        None, description="file written by ditc.calibrate: static ranges, smoothing, measured errors"
+        None,
+        description="file written by ditc.calibrate: static ranges, smoothing, measured errors, cache policies' fits",
     )
     error_budget: float = Field(
         20.0, ge=0, le=200, description="least SQNR in dB of an output that quantize='auto' and attention='auto' accept"
@@ -112,6 +113,7 @@ class Plan(BaseModel):
             self._check_roles(self.quantize)
         self._check_quantisation()
         self._check_attention()
+        self._check_cache()
         return self
 
     @staticmethod
@@ -182,6 +184,19 @@ class Plan(BaseModel):
                         f"attention_window has no meaning for {kind} attention, whose queries and keys are not "
                         "positions along one axis: name 'self'"
                     )
+
+    def _check_cache(self) -> None:
+        if self.cache is None or self.cache.policy != "magcache" or self.cache.ratios:
+            return
+        if self.calibration is None:
+            raise ValueError(
+                "the cache policy 'magcache' needs ratios, one for each step: give them, or "
+                "calibration='file written by ditc.calibrate'"
+            )
+        if self.cache.front_blocks or self.cache.back:
+            raise ValueError(
+                "a calibration has the ratios of all blocks together: without front and back, or with ratios of one's own"
+            )
 
     def _asks(self, name: str, kind: str) -> bool:
         """Whether an option is meant for this kind: tables name it; one value for all is meant for what changes."""

@@ -45,8 +45,12 @@ class CacheOptions(BaseModel):
     max_run: int = Field(0, ge=0, description="longest run of reused steps; 0 for any length")
     interval: int = Field(2, ge=2, description="policy 'fixed': every how many steps one is computed")
     order: int = Field(0, ge=0, le=2, description="order of the Taylor forecast that is reused; 0 reuses as it is")
-    polynomial: Numbers = Field((), description="policy 'teacache': coefficients, highest power first")
-    ratios: Numbers = Field((), description="policy 'magcache': magnitude ratio of each step, calibrated")
+    polynomial: Numbers = Field(
+        (), description="policy 'teacache': coefficients, highest power first; else those of the plan's calibration"
+    )
+    ratios: Numbers = Field(
+        (), description="policy 'magcache': magnitude ratio of each step; else those of the plan's calibration"
+    )
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -56,8 +60,6 @@ class CacheOptions(BaseModel):
             raise ValueError("the policy 'first-block' looks at what the front blocks do: front is at least 1")
         if self.policy == "easycache" and (self.front or self.back):
             raise ValueError("the policy 'easycache' skips the whole model: it has no front or back blocks")
-        if self.policy == "magcache" and not self.ratios:
-            raise ValueError("the policy 'magcache' needs ratios, one for each step, from a calibration")
         for name, policy in (("polynomial", "teacache"), ("ratios", "magcache")):
             values = getattr(self, name)
             if values and self.policy != policy:
@@ -65,6 +67,11 @@ class CacheOptions(BaseModel):
             if not all(map(math.isfinite, values)):
                 raise ValueError(f"{name} holds a value that is no finite number")
         return self
+
+    @property
+    def reads_calibration(self) -> bool:
+        """Whether the policy goes by fitted numbers and this table names none."""
+        return self.policy in ("teacache", "magcache") and not self.table
 
     @property
     def front_blocks(self) -> int:

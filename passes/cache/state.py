@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ditc.runtime.artifact import StateEntry
+from ditc.runtime.artifact import Controls, StateEntry
 
 from ..base import PassContext
 from ..capture import INPUT, GraphInput, fake_mode_of
@@ -94,8 +94,9 @@ class Site:
             value = exit.meta["val"]
             for order in range(self.options.order + 1):
                 self._state(f"kept.{i}.{order}", value.shape, value.dtype)
-        count = len(self.options.controls()) + len(self.options.table)
-        self.controls = self._placeholder("cache_controls", (count,), torch.float32)
+        named, table = self.options.controls(), self.options.table
+        self.ctx.controls = Controls(tuple(named), tuple(named.values()), table)
+        self.controls = self._placeholder("cache_controls", (len(named) + len(table),), torch.float32)
         self.controls.meta[INPUT] = GraphInput("cache.controls", "control")
 
     def _state(self, name: str, shape: Sequence[Any], dtype: torch.dtype) -> None:

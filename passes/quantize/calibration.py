@@ -1,4 +1,4 @@
-"""Calibration: what a model's linears and attentions see along real trajectories, as data, on disk, asked for by name.
+"""Calibration: what a model's linears, attentions and blocks see along real trajectories, as data, on disk.
 
 Ranges of activations drift from step to step of a generation, so they are kept per step. How they are observed is
 told in ``observe``; here is what a compiler reads.
@@ -20,14 +20,16 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, fx
 
 from ditc.kernels.formats import FORMATS
 
+from ..cache.record import CacheRecord
 from ..errors import DitcError
 from ..rewrite import input_of, is_weight, made_from_weights
 
-SCHEMA = 2
+SCHEMA = 3
 """Raised when a field of the file changes its meaning."""
 
 HEADER = "ditc_calibration"
@@ -109,6 +111,7 @@ class _Header(BaseModel):
     notes: tuple[str, ...]
     linears: tuple[LinearRecord, ...]
     attentions: tuple[AttentionRecord, ...]
+    cache: CacheRecord | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,6 +130,7 @@ class Calibration:
         records: by name.
         channels: by name, float32 ``[K]``: the largest magnitude of each channel of the input.
         attentions: by the name of the site.
+        cache: what cache policies learn of all blocks; ``None`` where no blocks were found, or nothing seen to change.
     """
 
     model: str
@@ -137,6 +141,7 @@ class Calibration:
     records: Mapping[str, LinearRecord]
     channels: Mapping[str, Tensor]
     attentions: Mapping[str, AttentionRecord] = field(default_factory=dict)
+    cache: CacheRecord | None = None
 
     def __contains__(self, name: str) -> bool:
         return bool(self._find(name))
@@ -242,6 +247,7 @@ class Calibration:
             notes=self.notes,
             linears=tuple(self.records.values()),
             attentions=tuple(self.attentions.values()),
+            cache=self.cache,
         )
         data = to_bytes({n: t.contiguous() for n, t in self.channels.items()}, {HEADER: header.model_dump_json()})
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -270,13 +276,15 @@ class Calibration:
             {record.name: record for record in header.linears},
             channels,
             {record.name: record for record in header.attentions},
+            header.cache,
         )
         if model is not None:
             found.check(model)
         return found
 
     def __rich__(self) -> Group:
-        return Group(self._linears_table(), *([self._attentions_table()] if self.attentions else []))
+        cache = [] if self.cache is None else [Text(f"cache: {self.cache}")]
+        return Group(self._linears_table(), *([self._attentions_table()] if self.attentions else []), *cache)
 
     def _attentions_table(self) -> Table:
         table = Table(title=f"{len(self.attentions)} attentions", title_justify="left")

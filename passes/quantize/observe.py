@@ -1,4 +1,4 @@
-"""Observation: runs captured graphs node by node and keeps what calibration needs of linears and attentions."""
+"""Observation: runs captured graphs node by node and keeps what calibration needs of linears, attentions and blocks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -19,6 +19,7 @@ from ..attention.decide import unfit
 from ..attention.observe import errors_of, recipes_of
 from ..attention.recognise import SITE, RecogniseAttention
 from ..backend import reason_to_pass_through, versions
+from ..cache.observe import CacheSites, CacheTally, MarkAllBlocks, cache_sites
 from ..capture import capture_dynamo, graph_inputs
 from ..errors import CaptureError
 from ..pipeline import rewrite
@@ -40,8 +41,19 @@ SAMPLE = 256
 """Rows of an input, and output channels of a weight, on which the error of a format is measured: evenly spread ones,
 so that the batch (both branches of guidance) and all of an image are among them."""
 
-FindStep = Callable[[object, tuple[tuple[int, ...], ...], float | None], int]
-"""(program, shapes of a call's data, timestep or None) -> which call of its generation this is, from 0."""
+
+class Steps(Protocol):
+    """One branch of one generation: how many of its calls are over, and what the last of them left."""
+
+    calls: int
+    tensors: tuple[Any, ...] | None
+
+    def commit(self, tensors: tuple[Any, ...], /) -> None:
+        """Ends a call."""
+
+
+FindSteps = Callable[[object, tuple[tuple[int, ...], ...], float | None], Steps]
+"""(program, shapes of a call's data, timestep or None) -> the branch of the generation that this call belongs to."""
 
 
 @dataclass(frozen=True)
@@ -81,16 +93,17 @@ class Observer:
     Attributes:
         model: whose parameters name the linears: a graph of a submodule alone does not know where that stands. Weak,
             because Dynamo keeps its backends.
-        find_step: tells the steps of a generation apart.
+        find_steps: tells generations and their branches apart.
         formats: whose errors are measured.
     """
 
     model: weakref.ref[torch.nn.Module]
-    find_step: FindStep
+    find_steps: FindSteps
     formats: Sequence[Format] = tuple(FORMATS.values())
     graph_calls: int = 0
     _tallies: dict[str, _Tally] = field(default_factory=dict)
     _attentions: dict[str, _AttentionTally] = field(default_factory=dict)
+    _cache: CacheTally = field(default_factory=CacheTally)
     _timesteps: dict[int, float | None] = field(default_factory=dict)
     _notes: dict[str, None] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -183,6 +196,12 @@ class Observer:
             for recipe, energy in found.items():
                 _add(tally.energy.setdefault(recipe, {}), step, energy)
 
+    def record_cache(self, sites: CacheSites, steps: Steps, now: tuple[Tensor | None, ...]) -> None:
+        """Takes note of what cache guards go by, in one call; ``now`` as :meth:`CacheSites.values` has it."""
+        if steps.tensors:
+            with self._lock:
+                self._cache.record(sites.batch, steps.calls, steps.tensors, now)
+
     def saw(self, step: int, timestep: float | None) -> None:
         """Takes note of the timestep that a step had."""
         self._timesteps[step] = timestep if timestep is not None else self._timesteps.get(step)
@@ -199,6 +218,7 @@ class Observer:
         """
         tallies, self._tallies = self._tallies, {}
         attentions, self._attentions = self._attentions, {}
+        cache, self._cache = self._cache, CacheTally()
         model = self._model()
         name = type(model).__name__
         if not self.graph_calls:
@@ -215,6 +235,7 @@ class Observer:
             records={weight: _record(weight, tally) for weight, tally in tallies.items()},
             channels={weight: tally.channels.cpu() for weight, tally in tallies.items()},
             attentions={name: _attention_record(name, tally) for name, tally in attentions.items()},
+            cache=cache.result(),
         )
 
 
@@ -226,11 +247,12 @@ class _Prepared:
     linears: dict[str, _Site]
     attentions: dict[str, tuple[str, str]]
     timestep: int | None
+    cache: CacheSites | None
 
 
 def _prepare(capture: Any) -> _Prepared:
     """The canonical graph, with attentions as one call each where that can be proven."""
-    rewritten = rewrite(capture, Plan(), passes=(RecogniseAttention(everywhere=True),))
+    rewritten = rewrite(capture, Plan(), passes=(MarkAllBlocks(), RecogniseAttention(everywhere=True)))
     graph = rewritten.graph
     placeholders = graph.graph.find_nodes(op="placeholder")
     position = {node: index for index, node in enumerate(placeholders)}
@@ -248,7 +270,7 @@ def _prepare(capture: Any) -> _Prepared:
     }
     found = rewritten.structure.timestep
     timestep = next((position[node] for node in placeholders if found is not None and node.name == found.node), None)
-    return _Prepared(graph, linears, attentions, timestep)
+    return _Prepared(graph, linears, attentions, timestep, cache_sites(graph))
 
 
 class _ObservedGraph:
@@ -268,11 +290,18 @@ class _ObservedGraph:
             timestep = None
             if prepared.timestep is not None and inputs[prepared.timestep].numel():
                 timestep = float(inputs[prepared.timestep].reshape(-1)[0])
-            step = observer.find_step(self, shapes, timestep)
-            observer.saw(step, timestep)
+            steps = observer.find_steps(self, shapes, timestep)
+            observer.saw(steps.calls, timestep)
             known = observer.paths()
             names = {node: self._name(site, inputs, known) for node, site in prepared.linears.items()}
-            return _Recording(observer, prepared, names, step).run(*inputs)
+            recording = _Recording(observer, prepared, names, steps.calls)
+            returned = recording.run(*inputs)
+            now: tuple[Tensor | None, ...] = ()
+            if prepared.cache is not None:
+                now = prepared.cache.values(recording.looked_at, returned)
+                observer.record_cache(prepared.cache, steps, now)
+            steps.commit(now)
+            return returned
 
     def _name(self, site: _Site, inputs: Sequence[Any], known: Mapping[int, list[str]]) -> str:
         """The paths of a linear's weights in the whole model; of tied weights the one that the graph knows."""
@@ -290,6 +319,8 @@ class _Recording(fx.Interpreter):
         super().__init__(prepared.graph)
         self.extra_traceback = False
         self._observer, self._prepared, self._names, self._step = observer, prepared, names, step
+        self._wanted = prepared.cache.names if prepared.cache is not None else frozenset()
+        self.looked_at: dict[str, Tensor] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         linear = self._prepared.linears.get(n.name)
@@ -300,7 +331,10 @@ class _Recording(fx.Interpreter):
         if attention is not None:
             arguments, _ = self.fetch_args_kwargs_from_env(n)
             self._observer.record_attention(*attention, n, arguments, self._step)
-        return super().run_node(n)
+        value = super().run_node(n)
+        if n.name in self._wanted:
+            self.looked_at[n.name] = value
+        return value
 
 
 def _spread(rows: Tensor) -> Tensor:

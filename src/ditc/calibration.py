@@ -1,4 +1,4 @@
-"""``ditc.calibrate``: ranges and errors of a model's linears and attentions, from whole generations."""
+"""``ditc.calibrate``: what a model's linears, attentions and blocks see along whole generations."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["Calibration", "CalibrationError", "calibrate"]
 def calibrate(
     model: torch.nn.Module, run: Callable[[torch.nn.Module], Any], *, formats: Sequence[str] | None = None
 ) -> Calibration:
-    """Observes every linear and attention of ``model`` while ``run`` generates with it.
+    """Observes every linear, every attention and all blocks of ``model`` while ``run`` generates with it.
 
     Activations drift along the steps of a generation, so ``run`` performs whole ones, with the sampler, the number of
     steps and the guidance that will be used later::
@@ -35,6 +35,10 @@ def calibrate(
 
     Of an attention, errors are measured at steps 0, 1, 2, 4, 8 and so on, on at most two elements of the batch, two
     heads and 256 queries, with all of their keys: a sample that bounds time and memory.
+
+    Of the blocks, TeaCache's polynomial and MagCache's ratios are fitted (:attr:`Calibration.cache`), which a plan's
+    ``cache`` takes from the file that its ``calibration`` names. The polynomial takes several generations, or one of
+    many steps; ratios hold for generations of as many steps.
 
     The model runs in evaluation mode, without gradients and unquantised; it is left as it was. Steps are told apart as
     :func:`ditc.session` has them: by session and branch, or else by the timestep.
@@ -58,7 +62,7 @@ def calibrate(
     # of a compiled module, the one behind it
     model = getattr(model, "_orig_mod", model)
     wanted = tuple(FORMATS.values()) if formats is None else tuple(map(format_of, formats))
-    observer = Observer(weakref.ref(model), _step, wanted)
+    observer = Observer(weakref.ref(model), find_slot, wanted)
     listen_to_diffusers()
     # a cache limit that the model's own compilations have used up must not silence us
     limits = {"recompile_limit": 256, "accumulated_recompile_limit": 4096}
@@ -70,10 +74,3 @@ def calibrate(
     finally:
         observer.close()
     return observer.calibration()
-
-
-def _step(program: object, shapes: tuple[tuple[int, ...], ...], timestep: float | None) -> int:
-    slot = find_slot(program, shapes, timestep)
-    step = slot.calls
-    slot.commit(())
-    return step
