@@ -48,6 +48,10 @@ class Method(Options, ABC):
         """The player that update `update`, counted from 0, trains: the student or one of :meth:`players`."""
         return STUDENT
 
+    def pace_of(self, player: str) -> float:
+        """What the learning rate of a player, or of a part of one, is multiplied by."""
+        return 1.0
+
     @abstractmethod
     def loss(self, player: str, nets: Nets, batch: Batch) -> Loss:
         """The loss of one batch for `player`; nothing else may get gradients of it."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import Literal
 
 import torch
@@ -52,6 +52,34 @@ class Nets:
                 f"{name} gave {tuple(velocity.shape)} for samples {tuple(x.shape)}: a velocity has the sample's shape"
             )
         return velocity.float()
+
+    def observed(
+        self, name: str, x: Tensor, sigma: Tensor, condition: Tensor, places: Sequence[str]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The velocity as from a call, and the outputs (B, ..., C) of the modules named `places` within the network.
+
+        Raises:
+            DistillError: a module was not run, or gave no tensor.
+        """
+        seen: dict[str, Tensor] = {}
+        module = self.module(name)
+
+        def keep(place: str, output: object) -> None:
+            first = output[0] if isinstance(output, (tuple, list)) else output
+            if not isinstance(first, Tensor):
+                raise DistillError(f"{place} gives {type(first).__name__}: features are tensors")
+            seen[place] = first
+
+        with ExitStack() as hooks:
+            for place in places:
+                found = module.get_submodule(place)
+                handle = found.register_forward_hook(lambda _module, _inputs, output, place=place: keep(place, output))
+                hooks.callback(handle.remove)
+            velocity = self(name, x, sigma, condition)
+        missing = [place for place in places if place not in seen]
+        if missing:
+            raise DistillError(f"{name} does not run {', '.join(missing)}: there are no features")
+        return velocity, [seen[place] for place in places]
 
     @torch.no_grad()
     def guided(self, x: Tensor, sigma: Tensor, condition: Tensor, null: Tensor, scale: float) -> Tensor:

@@ -74,9 +74,11 @@ def _parse_option(text: str) -> tuple[str, Any]:
 
 def _register() -> None:
     """Adds the commands that live in other rooms."""
+    from .distilling import distill
     from .examples.digits.demo import demo
 
     app.command()(demo)
+    app.command()(distill)
 
 
 def main() -> None:
