@@ -62,7 +62,7 @@ class PassContext:
     structure: Structure | None = None
     state: list[StateEntry] = field(default_factory=list)
     gauges: list[Gauge] = field(default_factory=list)
-    controls: Controls = Controls()
+    controls: Controls = field(default_factory=Controls)
 
     def declare_state(self, entry: StateEntry) -> None:
         """Announces a tensor that the session carries from step to step.

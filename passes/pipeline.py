@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -80,7 +80,7 @@ class Rewritten:
     state: StateSpec
     prologue: Prologue | None
     gauges: tuple[Gauge, ...] = ()
-    controls: Controls = Controls()
+    controls: Controls = field(default_factory=Controls)
 
 
 def rewrite(capture: Capture, plan: Plan, passes: tuple[Pass, ...] | None = None) -> Rewritten:

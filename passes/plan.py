@@ -195,7 +195,7 @@ class Plan(BaseModel):
             )
         if self.cache.front_blocks or self.cache.back:
             raise ValueError(
-                "a calibration has the ratios of all blocks together: without front and back, or with ratios of one's own"
+                "a calibration has the ratios of all blocks together: leave out front and back, or give ratios"
             )
 
     def _asks(self, name: str, kind: str) -> bool:

@@ -24,6 +24,7 @@ def with_calibration(options: CacheOptions, calibration: Calibration | None) -> 
             "generations, or give ratios",
         }
         raise CalibrationError(
-            f"the calibration of a {calibration.model} has no {name} for the cache policy {options.policy!r}: {why[name]}"
+            f"the calibration of a {calibration.model} has no {name} for the cache policy {options.policy!r}: "
+            + why[name]
         )
     return options.model_copy(update={name: values})
