@@ -37,7 +37,8 @@ class World:
 
         for block in blocks_of(module):
             fully_shard(block, mesh=self.mesh)
-        fully_shard(module, mesh=self.mesh)
+        # by default FSDP2 leaves the outermost whole until its backward, and a network that is only asked has none
+        fully_shard(module, mesh=self.mesh, reshard_after_forward=True)
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean of a scalar over all ranks."""

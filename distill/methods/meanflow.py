@@ -4,6 +4,11 @@ The average velocity u(x, t) = (x_t - x_r) / (t - r) obeys u = v - (t - r) du/dt
 the trajectory at a fixed r: with x moving at v and t at 1. MeanFlow gives the network both times. A network with one
 timestep input cannot be told r, so here t fixes it: r is the student's next level below t. Euler's step from one level
 to the next is then exact, and the network keeps the teacher's parameters and inputs.
+
+Most networks embed the timestep, 1000 sigma, in sines, the fastest of which turn within a few thousandths of sigma. At
+first the exact derivative in time is mostly of these, which the network has no reason to keep still (Lu & Song 2024
+slow the embedding down for it). A difference over a reach of some hundredths averages them out, and starts with targets
+nearer to the truth; see the option `derivative`.
 """
 
 from __future__ import annotations
