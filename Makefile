@@ -7,6 +7,9 @@ TORCH ?= torch>=2.11,<2.14
 # tests interpret kernels on CPUs and compile them for GPUs that are not there; block-scaled products need 3.8
 TRITON ?= triton>=3.9,<3.10
 
+# tests run in as many processes as there are cores, each with one thread of torch's
+WORKERS ?= $(shell $(PYTHON) -c "import os; print(min(os.cpu_count() or 1, 8))")
+
 .PHONY: demo test lint types unit gpu bench teacher clean
 
 $(BIN)/.ready: pyproject.toml
@@ -31,9 +34,9 @@ types: $(BIN)/.ready
 	$(BIN)/mypy
 
 unit: $(BIN)/.ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 	# interpreting and compiling in one process is not possible
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/triton
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) tests/kernels/triton
 
 bench: $(BIN)/.ready
 	$(BIN)/python -m pip install --quiet --editable ".[bench]"

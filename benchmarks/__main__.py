@@ -11,6 +11,7 @@ import typer
 from . import attention as attention_suite
 from . import attention_cost as attention_cost_suite
 from . import attention_quality as attention_quality_suite
+from . import caches as cache_suite
 from . import formats as format_suite
 from . import guard_overhead as guard
 from . import linear_cost as cost
@@ -122,6 +123,22 @@ def attention_quality(
     if threads is not None:
         torch.set_num_threads(threads)
     attention_quality_suite.run(clips_per_digit=clips_per_digit, only=only or [], save=save)
+
+
+@app.command()
+def caches(
+    clips: Annotated[int, typer.Option(min=2, help="clips drawn with each setting; the first is not timed")] = 40,
+    steps: Annotated[int, typer.Option(min=4, help="of a generation")] = 50,
+    only: Annotated[list[str] | None, typer.Option(help="part of an entrant's name; may be repeated")] = None,
+    quantize: Annotated[str | None, typer.Option(help="format of ditc's linears below the caches")] = None,
+    threads: Threads = None,
+    clock: ClockName = None,
+    save: Save = True,
+) -> None:
+    """Skipping on the demo's model: every policy beside the caches of diffusers and cache-dit."""
+    _, kind = _setup("cpu", threads, clock)
+    more = {"quantize": quantize} if quantize is not None else {}
+    cache_suite.run(clips=clips, steps=steps, clock=kind, more=more, only=only or [], save=save)
 
 
 @app.command()

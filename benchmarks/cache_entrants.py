@@ -1,0 +1,189 @@
+"""Who takes part in the cache benchmark: no cache, ditc's policies, the caches of diffusers and cache-dit.
+
+An entrant is one way of skipping with a row of settings, from careful to bold. Peers run compiled or eagerly, whichever
+is faster: a cache that changes modules while they run makes torch.compile start anew, or gives it less to compile.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import ditc
+from ditc.examples.digits.evaluate import denoiser_of
+from ditc.runtime.generate import Denoiser
+from ditc.runtime.session import current_branch
+
+Setting = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What draws with one setting: ``denoiser`` inside of ``around()``; ``stats`` afterwards tells the hit rate."""
+
+    denoiser: Denoiser
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext
+    module: nn.Module | None = None
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A cache.
+
+    Attributes:
+        name: for tables.
+        peer: whether somebody else wrote it.
+        settings: from careful to bold, by label.
+        prepare: makes what draws with one setting, from a copy of the model and the number of steps.
+    """
+
+    name: str
+    peer: bool
+    settings: Mapping[str, Setting]
+    prepare: Callable[[nn.Module, Setting, int], Run]
+    plan: Mapping[str, Any] = field(default_factory=dict)
+
+
+def baselines() -> list[Entrant]:
+    """Without any cache: what speed-ups are measured against."""
+
+    def inductor(model: nn.Module, setting: Setting, steps: int) -> Run:
+        return Run(denoiser_of(torch.compile(model)))  # type: ignore[arg-type]
+
+    return [Entrant("inductor, no cache", True, {"": {}}, inductor), _ditc("ditc, no cache", {}, {"": {}})]
+
+
+def ours(steps: int, more: Mapping[str, Any], ratios: Sequence[float], polynomial: Sequence[float]) -> list[Entrant]:
+    """ditc's policies, each at the thresholds that span its curve.
+
+    Args:
+        steps: of a generation.
+        more: further options of the plan, such as ``quantize``.
+        ratios, polynomial: of MagCache and TeaCache, as calibrated.
+    """
+
+    def thresholds(*values: float) -> dict[str, Setting]:
+        return {f"{value:g}": {"threshold": value} for value in values}
+
+    def intervals(*values: int) -> dict[str, Setting]:
+        return {f"every {value}": {"interval": value} for value in values}
+
+    policies: list[tuple[str, dict[str, Any], dict[str, Setting]]] = [
+        ("first-block", {"policy": "first-block"}, thresholds(0.04, 0.07, 0.1, 0.15, 0.22, 0.3)),
+        ("first-block, Taylor 1", {"policy": "first-block", "order": 1}, thresholds(0.04, 0.07, 0.1, 0.15, 0.22, 0.3)),
+        ("teacache", {"policy": "teacache"}, thresholds(0.05, 0.1, 0.2, 0.3, 0.5)),
+        ("easycache", {"policy": "easycache", "warmup": 5}, thresholds(0.02, 0.05, 0.1, 0.2, 0.4)),
+        ("fixed", {"policy": "fixed", "warmup": 3}, intervals(2, 3, 4, 6)),
+        ("fixed, Taylor 1", {"policy": "fixed", "warmup": 3, "order": 1}, intervals(2, 3, 4, 6)),
+        ("fixed, Taylor 2", {"policy": "fixed", "warmup": 3, "order": 2}, intervals(2, 3, 4, 6)),
+    ]
+    if polynomial:
+        fitted = {"policy": "teacache", "polynomial": tuple(polynomial)}
+        policies.append(("teacache, fitted", fitted, thresholds(0.02, 0.05, 0.1, 0.2, 0.3)))
+    if ratios:
+        calibrated = {"policy": "magcache", "ratios": tuple(ratios), "warmup": steps // 5, "max_run": 6}
+        policies.append(("magcache", calibrated, thresholds(0.01, 0.03, 0.06, 0.12, 0.3)))
+    return [_ditc(f"ditc {name}", {**more, "cache": cache}, settings) for name, cache, settings in policies]
+
+
+def _ditc(name: str, plan: Mapping[str, Any], settings: Mapping[str, Setting]) -> Entrant:
+    compiled: dict[int, nn.Module] = {}
+
+    def prepare(model: nn.Module, setting: Setting, steps: int) -> Run:
+        # thresholds are inputs of the program: all settings share one
+        if not compiled:
+            compiled[0] = ditc.compile(model, plan)
+        module = compiled[0]
+        return Run(denoiser_of(module), lambda: ditc.session(name, cache=dict(setting) or None), module)
+
+    return Entrant(name, False, settings, prepare, plan)
+
+
+def peers() -> list[Entrant]:
+    """Caches of diffusers and of cache-dit, for a transformer by itself."""
+    thresholds = {f"{value:g}": {"threshold": value} for value in (0.04, 0.07, 0.1, 0.15, 0.22, 0.3)}
+    intervals = {f"every {value}": {"interval": value} for value in (2, 3, 4, 6)}
+    return [
+        Entrant("diffusers FirstBlockCache", True, thresholds, _diffusers_first_block),
+        Entrant("diffusers TaylorSeer 1", True, intervals, _diffusers_taylor),
+        Entrant("cache-dit DBCache F1B0", True, thresholds, _cache_dit(0)),
+        Entrant("cache-dit DBCache F1B0, compiled", True, thresholds, _cache_dit(0, compiled=True)),
+        Entrant("cache-dit DBCache F1B0 + Taylor 1, compiled", True, thresholds, _cache_dit(1, compiled=True)),
+    ]
+
+
+def _in_branches(model: Any, run: Callable[..., Any] | None = None) -> Denoiser:
+    """Tells diffusers' caches which branch of guidance a call is of."""
+    call = run if run is not None else model
+
+    def denoise(x: Tensor, timestep: Tensor, condition: Tensor) -> Tensor:
+        with model.cache_context(current_branch()):
+            velocity: Tensor = call(x, timestep, condition, return_dict=False)[0]
+        return velocity
+
+    return denoise
+
+
+class _Reset:
+    """Forgets the last generation, which these caches would go on with."""
+
+    def __init__(self, forget: Callable[[], object]) -> None:
+        self._forget = forget
+
+    def __enter__(self) -> None:
+        self._forget()
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+def _diffusers_first_block(model: Any, setting: Setting, steps: int) -> Run:
+    from diffusers.hooks import FirstBlockCacheConfig
+
+    # compiled blocks or a compiled model were measured slower: hooks make them compile again and again
+    model.enable_cache(FirstBlockCacheConfig(threshold=setting["threshold"]))
+    return Run(_in_branches(model), lambda: _Reset(model._reset_stateful_cache))
+
+
+def _diffusers_taylor(model: Any, setting: Setting, steps: int) -> Run:
+    from diffusers.hooks import TaylorSeerCacheConfig
+
+    model.enable_cache(
+        TaylorSeerCacheConfig(
+            cache_interval=setting["interval"], disable_cache_before_step=3, taylor_factors_dtype=torch.float32
+        )
+    )
+    return Run(_in_branches(model), lambda: _Reset(model._reset_stateful_cache))
+
+
+def _cache_dit(order: int, *, compiled: bool = False) -> Callable[[nn.Module, Setting, int], Run]:
+    def prepare(model: Any, setting: Setting, steps: int) -> Run:
+        import cache_dit
+
+        adapter = cache_dit.BlockAdapter(
+            transformer=model, blocks=model.blocks, forward_pattern=cache_dit.ForwardPattern.Pattern_2,
+            has_separate_cfg=True,
+        )  # fmt: skip
+        forecast = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=order) if order else None
+        options = cache_dit.DBCacheConfig(
+            Fn_compute_blocks=1, Bn_compute_blocks=0, residual_diff_threshold=setting["threshold"],
+            max_warmup_steps=3, num_inference_steps=steps, enable_separate_cfg=True,
+        )  # fmt: skip
+        cache_dit.enable_cache(adapter, cache_config=options, calibrator_config=forecast)
+        call = torch.compile(model) if compiled else model
+        # without it the second generation begins with what the first one left
+        forget = _Reset(lambda: cache_dit.refresh_context(model, num_inference_steps=steps))
+        return Run(denoiser_of(call), lambda: forget)
+
+    return prepare
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """A copy whose hooks and compiled code are its own."""
+    return copy.deepcopy(model)

@@ -1,0 +1,281 @@
+"""Suite: what skipping brings on the trained demo model, policy by policy, beside the caches of others.
+
+Each entrant is drawn with at several settings; speed against PSNR gives a curve, and entrants are compared where their
+curves have the same PSNR.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import ditc
+from ditc.examples.digits.classifier import load_classifier
+from ditc.examples.digits.data import CLASSES, CLIP_SHAPE
+from ditc.examples.digits.evaluate import GUIDANCE, Quality, denoiser_of, measure_clips, real_clips
+from ditc.examples.digits.model import NULL_CLASS, class_tokens, load_transformer
+from ditc.runtime.generate import Denoiser, Guidance, generate
+from ditc.runtime.quality import psnr, ssim
+from ditc.runtime.samplers import flow_sigmas
+
+from .cache_entrants import Entrant, Run, baselines, copy_of, ours, peers
+from .environment import describe
+from .harness import Clock, Spread, order, timer
+from .report import markdown, preamble, write
+
+SUITE = "caches"
+REFERENCE = "ditc, no cache"
+LEVELS = (40.0, 35.0, 30.0, 25.0)
+"""PSNR in dB at which entrants are compared."""
+_VALUE_RANGE = 2.0
+
+
+@dataclass
+class Curve:
+    """One setting of an entrant: time and quality."""
+
+    entrant: str
+    setting: str
+    peer: bool
+    seconds: list[float] = field(default_factory=list)
+    clips: list[Tensor] = field(default_factory=list)
+    hit_rate: float | None = None
+    refused: str | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.entrant}, {self.setting}" if self.setting else self.entrant
+
+
+def draw(denoiser: Denoiser, label: int, seed: int, steps: int) -> Tensor:
+    """One clip (1, 1, 8, 24, 24), its branches of guidance called one after the other as pipelines of video do."""
+    labels = torch.tensor([label])
+    nothing = class_tokens(torch.full_like(labels, NULL_CLASS))
+    video = generate(
+        denoiser, class_tokens(labels), seeds=[seed], shape=CLIP_SHAPE, sigmas=flow_sigmas(steps),
+        guidance=Guidance(GUIDANCE, nothing, batched=False),
+    )  # fmt: skip
+    return video.clamp(-1, 1)
+
+
+def run(
+    *, clips: int, steps: int, clock: Clock, more: Mapping[str, Any], only: Sequence[str] = (), save: bool = True,
+    calibrate: Callable[[nn.Module, int], tuple[Sequence[float], Sequence[float]]] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Measures every entrant at every setting and prints the tables.
+
+    Args:
+        clips: drawn with each setting, digit by digit; the first is not timed.
+        steps: of a generation.
+        clock: see :func:`benchmarks.harness.timer`.
+        more: further options of ditc's plans, to see caching on top of them.
+        only: parts of entrants' names; all when empty.
+        save: write the files.
+        calibrate: gives MagCache's ratios and TeaCache's polynomial; without it these do not take part.
+    """
+    model = load_transformer()
+    ratios, polynomial = calibrate(model, steps) if calibrate is not None else ((), ())
+    field_ = [*baselines(), *ours(steps, more, ratios, polynomial), *peers()]
+    chosen = [e for e in field_ if e.name == REFERENCE or not only or any(part in e.name for part in only)]
+    with torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=4096):
+        exact = [draw(denoiser_of(model), i % CLASSES, i, steps) for i in range(clips)]
+        curves = _measure(chosen, model, clips, steps, clock)
+    document: dict[str, Any] = {**describe(torch.device("cpu")), "clock": clock, "clips": clips, "steps": steps}
+    document["plan"] = {**more}
+    text = _report(document, curves, exact)
+    print(text)
+    if save:
+        name = SUITE if not more else f"{SUITE}-{'-'.join(str(value) for value in more.values())}"
+        print(f"written: {', '.join(str(path) for path in write(name, document, text))}")
+    return document
+
+
+def _measure(entrants: Sequence[Entrant], model: nn.Module, clips: int, steps: int, clock: Clock) -> list[Curve]:
+    seconds_of = timer(clock)
+    curves: list[Curve] = []
+    runs: list[Run | None] = []
+    for entrant in entrants:
+        for label, setting in entrant.settings.items():
+            curve = Curve(entrant.name, label, entrant.peer)
+            curves.append(curve)
+            print(f"{curve.name}: preparing", flush=True)
+            runs.append(_prepare(entrant, setting, model, steps, curve))
+    active = [i for i, run in enumerate(runs) if run is not None]
+    for clip in range(clips):
+        for position in order(len(active), clip):
+            curve, run = curves[active[position]], runs[active[position]]
+            assert run is not None
+
+            def one(run: Run = run, curve: Curve = curve, clip: int = clip) -> None:
+                with run.around():
+                    curve.clips.append(draw(run.denoiser, clip % CLASSES, clip, steps))
+
+            before = _decisions(run)
+            took = seconds_of(one)
+            # the first clip of a setting is its warm-up
+            curve.seconds += [took] if clip else []
+            curve.hit_rate = _hit_rate(run, before)
+    return curves
+
+
+def _prepare(entrant: Entrant, setting: Mapping[str, Any], model: nn.Module, steps: int, curve: Curve) -> Run | None:
+    try:
+        run = entrant.prepare(copy_of(model), setting, steps)
+        around: AbstractContextManager[Any] = run.around()
+        with around:
+            # enough steps to have been through everything that will be compiled
+            draw(run.denoiser, 0, 0, 12)
+    except Exception as error:
+        # a peer that cannot run is a finding, and the others still count
+        if not entrant.peer:
+            raise
+        curve.refused = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+        return None
+    return run
+
+
+def _decisions(run: Run) -> int:
+    guard = _guard(run)
+    return len(guard.steps) if guard is not None else 0
+
+
+def _guard(run: Run) -> Any:
+    if run.module is None:
+        return None
+    programs = ditc.stats(run.module).programs
+    return programs[-1].guard if programs else None
+
+
+def _hit_rate(run: Run, before: int) -> float | None:
+    guard = _guard(run)
+    if guard is None:
+        return None
+    hits = [hit for step in guard.steps[before:] for hit in step.hits]
+    return sum(hits) / len(hits) if hits else None
+
+
+@dataclass(frozen=True)
+class Point:
+    """A setting, measured: ``speed`` is how many times faster than :data:`REFERENCE`, clip by clip."""
+
+    name: str
+    entrant: str
+    peer: bool
+    seconds: Spread
+    speed: Spread
+    psnr: float
+    ssim: float
+    hit_rate: float | None
+    quality: Quality
+
+
+def _points(curves: Sequence[Curve], exact: Sequence[Tensor]) -> list[Point]:
+    judge = load_classifier()
+    truth = torch.cat(list(exact))
+    labels = torch.arange(len(truth)) % CLASSES
+    real = real_clips(len(truth))[0]
+    base = next(curve for curve in curves if curve.name == REFERENCE)
+    found = []
+    for curve in curves:
+        if curve.refused is not None:
+            continue
+        video = torch.cat(curve.clips)
+        speed = Spread.of([b / s for b, s in zip(base.seconds, curve.seconds, strict=True)])
+        found.append(
+            Point(
+                curve.name, curve.entrant, curve.peer, Spread.of(curve.seconds), speed,
+                float(psnr(video, truth, value_range=_VALUE_RANGE).mean()),
+                float(ssim(video, truth, value_range=_VALUE_RANGE).mean()),
+                curve.hit_rate, measure_clips(judge, video, labels, real),
+            )
+        )  # fmt: skip
+    return found
+
+
+def speed_at(points: Sequence[Point], level: float) -> float | None:
+    """The speed of one entrant where its curve crosses a PSNR of ``level`` dB, by interpolation of the logarithm
+    between neighbouring settings; of its boldest one where all are better, ``None`` where all are worse."""
+    row = sorted(points, key=lambda point: point.psnr)
+    better = [point for point in row if point.psnr >= level]
+    if not better:
+        return None
+    above = better[0]
+    below = [point for point in row if point.psnr < level]
+    if not below:
+        return max(point.speed.median for point in better)
+    under = below[-1]
+    share = (level - under.psnr) / (above.psnr - under.psnr)
+    between = (1 - share) * math.log(under.speed.median) + share * math.log(above.speed.median)
+    # a curve that is not monotonic: what is better and faster still counts
+    return max(math.exp(between), *(point.speed.median for point in better))
+
+
+def _report(document: dict[str, Any], curves: Sequence[Curve], exact: Sequence[Tensor]) -> str:
+    points = _points(curves, exact)
+    document["points"] = [asdict(point) for point in points]
+    document["refused"] = {curve.name: curve.refused for curve in curves if curve.refused is not None}
+    header = ("", "s a clip (quartiles)", "x no cache", "reused %", "PSNR dB", "SSIM", "accuracy %", "Fréchet")
+    body = [_cells(point) for point in points]
+    entrants = list(dict.fromkeys(point.entrant for point in points))
+    by_entrant = {name: [point for point in points if point.entrant == name] for name in entrants}
+    levels = {
+        name: [speed_at(by_entrant[name], level) for level in LEVELS] for name in entrants if "no cache" not in name
+    }
+    document["speed_at"] = {name: dict(zip(map(str, LEVELS), row, strict=True)) for name, row in levels.items()}
+    at = [(name, *("–" if v is None else f"{v:.2f}" for v in row)) for name, row in levels.items()]
+    lines = [
+        preamble(SUITE, document),
+        f"Demo model, {document['steps']} steps, guidance {GUIDANCE:g} in two calls a step, {document['clips']} clips "
+        f"at equal seeds, one at a time. Clock: {document['clock']}; entrants take turns clip by clip; the first "
+        f"is not timed. PSNR and SSIM are against eager fp32 without a cache. Plan besides it: {document['plan']}.",
+        "",
+        markdown(header, body),
+        "",
+        f"## Times faster than “{REFERENCE}” at equal PSNR",
+        "",
+        markdown(("", *(f"{level:g} dB" for level in LEVELS)), at),
+        "",
+        *_against_peers(document, levels, {name: by_entrant[name][0].peer for name in levels}),
+        *(f"- {name}: no number, {reason}" for name, reason in document["refused"].items()),
+    ]
+    return "\n".join(lines)
+
+
+def _against_peers(
+    document: dict[str, Any], levels: Mapping[str, Sequence[float | None]], is_peer: Mapping[str, bool]
+) -> list[str]:
+    lines = []
+    document["best"] = {}
+    for i, level in enumerate(LEVELS):
+        best: dict[bool, tuple[float, str]] = {}
+        for name, row in levels.items():
+            value = row[i]
+            if value is not None and (is_peer[name] not in best or value > best[is_peer[name]][0]):
+                best[is_peer[name]] = (value, name)
+        if False in best and True in best:
+            (mine, my_name), (theirs, their_name) = best[False], best[True]
+            document["best"][str(level)] = {"ditc": my_name, "peer": their_name, "ratio": mine / theirs}
+            lines.append(
+                f"- {level:g} dB: {my_name} is {mine / theirs:.2f} times as fast as the best other, {their_name}"
+            )
+    return [*lines, ""]
+
+
+def _cells(point: Point) -> tuple[str, ...]:
+    seconds, quality = point.seconds, point.quality
+    return (
+        point.name,
+        f"{seconds.median:.3f} ({seconds.low:.3f} – {seconds.high:.3f})",
+        f"{point.speed.median:.2f}",
+        "" if point.hit_rate is None else f"{100 * point.hit_rate:.0f}",
+        "–" if math.isinf(point.psnr) else f"{point.psnr:.1f}",
+        f"{point.ssim:.4f}",
+        f"{100 * quality.accuracy:.0f}",
+        f"{quality.frechet:.2f}",
+    )
