@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ditc.examples.digits.demo import Candidate, DemoResult, Row, run_demo
+from ditc.examples.digits.demo import DemoResult, Row, run_demo
 from ditc.examples.digits.evaluate import GUIDANCE, STEPS, denoiser_of, draw_clips
 from ditc.examples.digits.model import load_transformer
+from ditc.examples.digits.stages import Candidate
 from ditc.kernels.attention import RECIPES, Recipe, attend, attention_blocks, attention_int8, quantize_operands
 from ditc.kernels.linear import quantized_linear
 from ditc.kernels.quantize import quantize, quantize_weight

@@ -17,9 +17,10 @@ import torch
 from torch import nn
 
 import ditc
-from ditc.examples.digits.demo import Candidate, DemoResult, Row, run_demo
+from ditc.examples.digits.demo import DemoResult, Row, run_demo
 from ditc.examples.digits.evaluate import GUIDANCE, STEPS, denoiser_of, draw_clips
 from ditc.examples.digits.model import load_transformer
+from ditc.examples.digits.stages import Candidate
 
 from .environment import describe
 from .report import markdown, preamble, write

@@ -22,7 +22,7 @@ from ditc.examples.digits.data import CLASSES, CLIP_SHAPE, Split, load_digits, m
 from ditc.examples.digits.model import NULL_CLASS, WEIGHTS, class_tokens, load_transformer
 from ditc.runtime.generate import Denoiser, Guidance, generate
 from ditc.runtime.quality import accuracy, background_motion, frechet_distance
-from ditc.runtime.samplers import flow_sigmas
+from ditc.runtime.samplers import Sampler, flow_sigmas
 
 GUIDANCE = 2.0
 STEPS = 50
@@ -66,12 +66,20 @@ def draw_clips(
     guidance: float = GUIDANCE,
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], bool | None] | None = None,
+    sampler: Sampler | None = None,
 ) -> Tensor:
-    """Generate one clip for each label and seed: (B, 1, 8, 24, 24) fp32, clipped to [-1, 1], on the CPU."""
+    """Generate one clip for each label and seed: (B, 1, 8, 24, 24) fp32, clipped to [-1, 1], on the CPU.
+
+    With the manifest `sampler` of a student it says the steps, and there is no guidance.
+    """
+    condition = class_tokens(labels).to(device)
+    if sampler is not None:
+        video = generate(denoiser, condition, seeds=seeds, shape=CLIP_SHAPE, sampler=sampler, progress=progress)
+        return video.clamp(-1, 1).cpu()
     nothing = class_tokens(torch.full_like(labels, NULL_CLASS)).to(device)
     video = generate(
         denoiser,
-        class_tokens(labels).to(device),
+        condition,
         seeds=seeds,
         shape=CLIP_SHAPE,
         sigmas=flow_sigmas(steps),
