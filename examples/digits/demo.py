@@ -30,7 +30,7 @@ from ditc.examples.digits.evaluate import (
 )
 from ditc.examples.digits.model import WEIGHTS, load_transformer
 from ditc.examples.digits.pictures import animate, contact_sheet, save_animation
-from ditc.examples.digits.report import as_table, plot_decisions
+from ditc.examples.digits.report import WIDTH, as_table, plot_decisions
 from ditc.examples.digits.stages import Candidate, candidates
 from ditc.runtime.guards import GuardStats
 from ditc.runtime.quality import psnr, ssim
@@ -269,7 +269,10 @@ def demo(
     if as_json:
         typer.echo(json.dumps(_as_dict(result, steps, guidance, seed, files), indent=2))
         return
-    Console().print(as_table(result, steps=steps, guidance=guidance))
+    table = as_table(result, steps=steps, guidance=guidance)
+    # a file or a pipe has no width that a table should fit into
+    figures = Console()
+    (figures if figures.is_terminal else Console(width=WIDTH)).print(table)
     console.print(f"{result.total_seconds:.0f} s in all; see {', '.join(map(str, files))}")
 
 

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 DISPLAYED = 24
 """Frames that are shown in a second."""
 
+WIDTH = 110
+"""Columns of the table where there is no terminal."""
+
 
 def as_table(result: DemoResult, *, steps: int, guidance: float) -> Table:
     """The figures as a table for people; its caption says how many clips they stand on."""
