@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from torch import Tensor, nn
 
 from ditc.examples.digits.classifier import load_classifier
@@ -34,6 +34,7 @@ from ditc.examples.digits.report import WIDTH, as_table, plot_decisions
 from ditc.examples.digits.stages import Candidate, candidates
 from ditc.runtime.guards import GuardStats
 from ditc.runtime.quality import psnr, ssim
+from ditc.text import progress_bar
 
 _VALUE_RANGE = 2.0
 _WARM_UP_STEPS = 8
@@ -256,9 +257,8 @@ def demo(
         raise typer.BadParameter(f"{out} is a file; a folder is needed", param_hint="--out")
     # the figures alone go to standard output
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     try:
-        with Progress(*columns, console=console) as progress:
+        with progress_bar() as progress:
             result = run_demo(
                 steps=steps, clips_per_digit=clips_per_digit, seed=seed, guidance=guidance, progress=progress
             )

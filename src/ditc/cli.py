@@ -7,10 +7,15 @@ import sys
 import tomllib
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+
+from .text import progress_bar
+
+if TYPE_CHECKING:
+    from .passes.plan import Plan
 
 app = typer.Typer(
     help="A compiler for diffusion transformers.",
@@ -34,11 +39,8 @@ def explain(
     """Show what the compiler sees in a model, and what the passes of a plan do with it."""
     from .explanation import explain as explain_model
     from .model_source import build_model, parse_input
-    from .passes.plan import Plan
 
-    options = Plan.load(plan).to_options() if plan is not None else {}
-    options |= dict(_parse_option(text) for text in set_ or [])
-    chosen = Plan(**options)
+    chosen = _plan_of(plan, set_)
     module = build_model(model, config, device)
     given = dict(parse_input(text, module) for text in input_ or [])
     from .example_inputs import example_inputs
@@ -55,9 +57,52 @@ def plan(
     set_: Annotated[list[str] | None, typer.Option("--set", help="plan option, as NAME=VALUE (quantize=int8)")] = None,
 ) -> None:
     """Print a plan as TOML, to be edited and given to --plan or ditc.Plan.load."""
+    sys.stdout.write(_plan_of(None, set_).to_toml())
+
+
+@app.command()
+def generate(
+    source: Annotated[Path, typer.Argument(help="folder of a diffusers pipeline, or of a transformer of the demo")],
+    prompt: Annotated[list[str] | None, typer.Option(help="one for all, or one for each seed")] = None,
+    label: Annotated[list[int] | None, typer.Option(help="class to draw; one for all, or one for each seed")] = None,
+    seed: Annotated[list[int] | None, typer.Option(min=0, help="one for each picture; 0 when not given")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="the model's own when not given")] = None,
+    guidance: Annotated[float | None, typer.Option(min=0, help="scale; the model's own when not given")] = None,
+    sampler: Annotated[Path | None, typer.Option(help="manifest of a student; the folder's own if it has one")] = None,
+    plan: Annotated[Path | None, typer.Option(help="TOML file with a plan")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="plan option, as NAME=VALUE (quantize=int8)")] = None,
+    with_: Annotated[list[str] | None, typer.Option("--with", help="pipeline option, NAME=VALUE (height=512)")] = None,
+    out: Annotated[Path, typer.Option(help="folder for the pictures, which are named by their seeds")] = Path("out"),
+    json: Annotated[bool, typer.Option(help="print data instead of text")] = False,
+) -> None:
+    """Draw pictures or clips from a folder, through a transformer that is compiled with a plan."""
+    from .generating import Request, generate_files
+    from .runtime.samplers import Sampler
+
+    chosen = _plan_of(plan, set_)
+    manifest = Sampler.from_text(sampler.read_text("utf-8")) if sampler is not None else None
+    options = dict(_parse_option(text) for text in with_ or [])
+    request = Request(seed or [0], prompt or [], label or [], steps, guidance, options)
+    with progress_bar() as bar:
+        task = bar.add_task("compiling", total=None)
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, description="drawing", completed=done, total=total)
+
+        drawn = generate_files(source, request, chosen, out, manifest, show)
+    if json:
+        data = {"files": [str(file) for file in drawn.files], "seconds": drawn.seconds, "plan": chosen.to_options()}
+        _console.print_json(json_module.dumps(data))
+    else:
+        _console.print(f"{', '.join(map(str, drawn.files))}: {drawn.seconds:.1f} s, compilation included")
+
+
+def _plan_of(plan: Path | None, settings: list[str] | None) -> Plan:
+    """The plan in a file, with what ``--set`` changes of it."""
     from .passes.plan import Plan
 
-    sys.stdout.write(Plan(**dict(_parse_option(text) for text in set_ or [])).to_toml())
+    options = Plan.load(plan).to_options() if plan is not None else {}
+    return Plan(**(options | dict(_parse_option(text) for text in settings or [])))
 
 
 def _parse_option(text: str) -> tuple[str, Any]:

@@ -1,10 +1,11 @@
-"""How reports become text."""
+"""How reports become text, and how commands show that they are at work."""
 
 from __future__ import annotations
 
 from io import StringIO
 
 from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 WIDTH = 110
 """Columns of a report that is not printed on a terminal."""
@@ -23,3 +24,9 @@ def as_text(*renderables: RenderableType, width: int = WIDTH) -> str:
 def megabytes(count: int) -> str:
     """Bytes as decimal megabytes."""
     return f"{count / 1e6:.1f} MB"
+
+
+def progress_bar() -> Progress:
+    """The bar of every command, on standard error: figures alone go to standard output."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=Console(stderr=True))
