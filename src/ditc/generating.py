@@ -48,7 +48,7 @@ class Request:
         wanted = self.prompts or self.labels
         if len(wanted) not in (1, len(self.seeds)):
             raise GenerateError(
-                f"{len(wanted)} prompts or labels and {len(self.seeds)} seeds: give one for each, or one"
+                f"{len(wanted)} prompts or labels and {len(self.seeds)} seeds: give one for each seed, or one"
             )
 
     def conditions(self) -> list[Any]:
