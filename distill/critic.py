@@ -57,8 +57,10 @@ def places_for(module: nn.Module, wanted: Sequence[str], count: int) -> tuple[st
         raise DistillError(
             f"{type(module).__name__} has no list of blocks: name the modules that features are taken from"
         )
-    chosen = {round((i + 1) * len(blocks) / (count + 1)) - 1 for i in range(count)}
-    return tuple(names[blocks[max(0, i)]] for i in sorted(chosen))
+    if count > len(blocks):
+        raise DistillError(f"{count} places are wanted, and {type(module).__name__} has {len(blocks)} blocks")
+    chosen = [round((i + 1) * (len(blocks) + 1) / (count + 1)) - 1 for i in range(count)]
+    return tuple(names[blocks[i]] for i in chosen)
 
 
 def widths_at(subject: Subject, places: Sequence[str]) -> list[int]:

@@ -35,10 +35,10 @@ class World:
             return
         from torch.distributed.fsdp import fully_shard
 
-        for block in blocks_of(module):
-            fully_shard(block, mesh=self.mesh)
-        # by default FSDP2 leaves the outermost whole until its backward, and a network that is only asked has none
-        fully_shard(module, mesh=self.mesh, reshard_after_forward=True)
+        # by default the outermost keeps its gathered parameters until a backward, and networks here are often called
+        # without one: their weights, or whether they take gradients, would be those of an earlier update
+        for part in (*blocks_of(module), module):
+            fully_shard(part, mesh=self.mesh, reshard_after_forward=True)
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean of a scalar over all ranks."""

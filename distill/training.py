@@ -63,6 +63,8 @@ class Training:
         self.subject, self.method, self.run, self.world = subject, method, run, world
         self.update = 0
         self.student_updates = 0
+        # of no memory: an undivided module for the finished weights
+        self.blank = copy.deepcopy(subject.teacher).to("meta")
         subject.teacher.to(world.device)
         student = copy.deepcopy(subject.teacher).float()
         if initial is not None:

@@ -9,11 +9,12 @@ import json
 import platform
 import shutil
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 
+from ditc.distill.records import read_records
 from ditc.examples.digits.data import load_digits
 from ditc.examples.digits.model import WEIGHTS, WEIGHTS_FILE, load_transformer
 from ditc.examples.digits.training import Recipe
@@ -22,11 +23,6 @@ RESULTS = "results.json"
 CARD = "MODEL_CARD.md"
 CURVES = "curves.png"
 LOGS = ("steps.jsonl", "quality.jsonl")
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSONL log, one dictionary for each line."""
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 def draw_curves(folder: Path) -> None:

@@ -9,15 +9,10 @@ again. `--steps` alone may change between the two.
 from __future__ import annotations
 
 import copy
-import json
 import shutil
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
 import torch
@@ -26,6 +21,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
+from ditc.distill.records import append_record, drop_records_after
+from ditc.distill.stop import Stop
 from ditc.examples.digits.classifier import Classifier, load_classifier
 from ditc.examples.digits.data import CLASSES, FRAMES, load_digits
 from ditc.examples.digits.evaluate import GUIDANCE, denoiser_of, draw_clips, measure_clips
@@ -35,31 +32,6 @@ from ditc.examples.digits.training import Precision, Recipe, StepResult, Trainer
 _LOG_EVERY = 20
 _QUALITY_STEPS = 20
 _QUALITY_CLIPS = 40
-
-
-@dataclass
-class _Stop:
-    """Set by the first Ctrl-C or SIGTERM, so that the step in progress ends and is saved; the second one kills."""
-
-    asked: bool = False
-    _previous: dict[int, Any] = field(default_factory=dict)
-
-    @contextmanager
-    def listening(self) -> Iterator[_Stop]:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._ask)
-        try:
-            yield self
-        finally:
-            self._restore()
-
-    def _ask(self, _number: int, _frame: FrameType | None) -> None:
-        self.asked = True
-        self._restore()
-
-    def _restore(self) -> None:
-        while self._previous:
-            signal.signal(*self._previous.popitem())
 
 
 def train(
@@ -90,7 +62,7 @@ def train(
     drop_records_after(out / "quality.jsonl", trainer.step)
     console = Console()
     console.print(f"{sum(p.numel() for p in trainer.model.parameters()):,} parameters on {trainer.device}, {recipe}")
-    with _Stop().listening() as stop, _progress(console) as bar:
+    with Stop().listening() as stop, _progress(console) as bar:
         _run(trainer, out, judge, save_every, quality_every, stop, bar)
     trainer.save(checkpoint)
     if trainer.step < recipe.steps:
@@ -106,7 +78,7 @@ def _run(
     judge: Classifier | None,
     save_every: int,
     quality_every: int,
-    stop: _Stop,
+    stop: Stop,
     bar: Progress,
 ) -> None:
     task = bar.add_task("training", total=trainer.recipe.steps, completed=trainer.step, loss="")
@@ -159,20 +131,6 @@ def export(model: nn.Module, folder: Path) -> None:
     for file in partial.iterdir():
         file.replace(folder / file.name)
     partial.rmdir()
-
-
-def append_record(path: Path, record: dict[str, Any]) -> None:
-    """Append one line of JSON."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-
-
-def drop_records_after(path: Path, step: int) -> None:
-    """Forget what a killed run logged after its last checkpoint: those steps are taken again."""
-    if not path.exists():
-        return
-    kept = [line for line in path.read_text("utf-8").splitlines(keepends=True) if json.loads(line)["step"] <= step]
-    path.write_text("".join(kept), "utf-8")
 
 
 def pick_device(name: str) -> str:

@@ -4,8 +4,6 @@ Every random draw of step k (clips, noise, times, dropped classes) comes from a 
 run that is killed and resumed equals, bit for bit on the same machine, one that was not: no generator state is stored.
 """
 
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ditc.distill.checkpoint import write_checkpoint
 from ditc.distill.seeds import seeded
 from ditc.examples.digits.data import Digits, make_clips
 from ditc.examples.digits.model import NULL_CLASS, TIMESTEPS, build_transformer, check_video, class_tokens
@@ -143,16 +142,7 @@ class Trainer:
             "ema": self.ema.state_dict(),
             "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(partial).replace(path)
-        finally:
-            Path(partial).unlink(missing_ok=True)
+        write_checkpoint(path, state)
 
     def load(self, path: Path) -> None:
         """Continue from a checkpoint. Raises ValueError where it belongs to another recipe or architecture."""

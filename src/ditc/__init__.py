@@ -2,8 +2,9 @@
 
 ``torch.compile(model, backend="ditc", options={"quantize": "int8"})`` needs no import of this package; what it offers
 beside that is here: :func:`compile`, :func:`explain`, :func:`stats`, :func:`calibrate`, :func:`generate`,
-:func:`optimize`, :func:`load_quantized`, :func:`load_and_quantize`, :func:`save_modelopt`, :class:`Plan`,
-:func:`session`, :func:`branch`. Names are imported when they are first used, so that ``import ditc`` is cheap.
+:func:`optimize`, :func:`load_quantized`, :func:`load_and_quantize`, :func:`save_modelopt`, :func:`load_student`,
+:class:`Plan`, :func:`session`, :func:`branch`. Names are imported when they are first used, so
+that ``import ditc`` is cheap.
 """
 
 from importlib import import_module
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from .runtime.generate import Guidance, generate
     from .runtime.samplers import Sampler, SamplerError, published
     from .runtime.session import Session, branch, session
+    from .runtime.students import Student, load_student
 
 __version__ = _version("ditc")
 
@@ -57,6 +59,8 @@ _HOMES = {
     "VerifyError": "passes.errors",
     "Plan": "passes.plan",
     "Session": "runtime.session",
+    "Student": "runtime.students",
+    "load_student": "runtime.students",
     "branch": "runtime.session",
     "session": "runtime.session",
 }
@@ -78,6 +82,7 @@ __all__ = [
     "SamplerError",
     "Session",
     "Stats",
+    "Student",
     "VerifyError",
     "WeightError",
     "__version__",
@@ -88,6 +93,7 @@ __all__ = [
     "generate",
     "load_and_quantize",
     "load_quantized",
+    "load_student",
     "optimize",
     "parameters_on_meta",
     "published",

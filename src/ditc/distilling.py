@@ -23,7 +23,9 @@ def distill(
     A run that was stopped goes on when the same command is given again. Under torchrun (`torchrun --nproc-per-node 2
     -m ditc.cli distill ...`) the ranks share parameters and batches.
     """
+    from .distill.artifact import write_student
     from .distill.configure import configure
+    from .distill.loop import run_training
     from .distill.parallel import joined
     from .distill.training import Training
     from .distill.weights import read_weights
@@ -42,9 +44,10 @@ def distill(
             (out / "config.yaml").write_text(configuration.text, "utf-8")
             count = sum(parameter.numel() for parameter in subject.teacher.parameters())
             console.print(f"{subject.name}: {count:,} parameters, {method.name}, on {world.ranks} × {world.device}")
-        from .distill.loop import run_training
-
         if not run_training(training, out, console):
             if world.leads:
                 console.print(f"stopped at update {training.update}; the same command goes on from there")
             raise typer.Exit(130)
+        folder = write_student(training, out, ["ditc", "distill", *(overrides or [])])
+        if world.leads:
+            console.print(f"wrote {folder}")

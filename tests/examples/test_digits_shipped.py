@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 pytest.importorskip("sklearn")
 pytest.importorskip("diffusers")
 
-from ditc.examples.digits.card import CARD, LOGS, RESULTS, describe, read_records
+from ditc.distill.records import read_records
+from ditc.examples.digits.card import CARD, LOGS, RESULTS, describe
 from ditc.examples.digits.classifier import Classifier, judge_clips, load_classifier, measure_classifier
 from ditc.examples.digits.evaluate import denoiser_of, draw_clips, measure_clips, measure_floor, real_clips
 from ditc.examples.digits.evaluate import main as evaluate_main

@@ -1,6 +1,7 @@
 """Training: it learns, it resumes exactly, it refuses what does not fit."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,11 @@ pytest.importorskip("diffusers")
 
 from typer.testing import CliRunner
 
+from ditc.distill.records import append_record, drop_records_after
 from ditc.examples.digits import train as train_module
 from ditc.examples.digits.data import Digits, load_digits
 from ditc.examples.digits.model import build_transformer, load_transformer
-from ditc.examples.digits.train import append_record, drop_records_after, export
+from ditc.examples.digits.train import export
 from ditc.examples.digits.training import Precision, Recipe, Trainer
 
 TINY = {"num_attention_heads": 1, "attention_head_dim": 32, "ffn_dim": 64, "num_layers": 1}
@@ -171,7 +173,7 @@ def test_the_command_trains_stops_resumes_and_exports(tmp_path: Path, monkeypatc
     class Interrupted(Trainer):
         def train_step(self):  # type: ignore[no-untyped-def]
             if self.step == 23:
-                train_module.signal.raise_signal(train_module.signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
             return super().train_step()
 
     monkeypatch.setattr(
