@@ -16,6 +16,7 @@ from . import formats as format_suite
 from . import guard_overhead as guard
 from . import linear_cost as cost
 from . import step_latency as step
+from . import students as student_suite
 from .environment import pick_device
 from .harness import Clock
 from .model import Size
@@ -139,6 +140,20 @@ def caches(
     _, kind = _setup("cpu", threads, clock)
     more = {"quantize": quantize} if quantize is not None else {}
     cache_suite.run(clips=clips, steps=steps, clock=kind, more=more, only=only or [], save=save)
+
+
+@app.command()
+def students(
+    clips: Annotated[int, typer.Option(min=50, help="clips drawn with each seed")] = 100,
+    seeds: Annotated[int, typer.Option(min=1, help="how often")] = 3,
+    only: Annotated[list[str] | None, typer.Option(help="part of an entrant's name; may be repeated")] = None,
+    threads: Threads = None,
+    clock: ClockName = None,
+    save: Save = True,
+) -> None:
+    """The demo's students beside their teacher in as few steps: quality, diversity and time."""
+    _, kind = _setup("cpu", threads, clock)
+    student_suite.run(clips=clips, seeds=seeds, clock=kind, only=only or [], save=save)
 
 
 @app.command()
