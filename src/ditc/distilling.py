@@ -48,6 +48,8 @@ def distill(
             if world.leads:
                 console.print(f"stopped at update {training.update}; the same command goes on from there")
             raise typer.Exit(130)
-        folder = write_student(training, out, ["ditc", "distill", *(overrides or [])])
+        # where it was written is nobody else's business
+        told = [word for word in overrides or [] if not word.startswith("out=")]
+        folder = write_student(training, out, ["ditc", "distill", *told])
         if world.leads:
             console.print(f"wrote {folder}")
