@@ -8,6 +8,8 @@ from typing import Annotated
 import torch
 import typer
 
+from ditc.bench.harness import Clock
+
 from . import attention as attention_suite
 from . import attention_cost as attention_cost_suite
 from . import attention_quality as attention_quality_suite
@@ -18,7 +20,6 @@ from . import linear_cost as cost
 from . import step_latency as step
 from . import students as student_suite
 from .environment import pick_device
-from .harness import Clock
 from .model import Size
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)

@@ -21,6 +21,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.decomposition import select_decomp_table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ditc.bench.harness import Call, Candidate, Clock, Result, Spread, best, measure, ratios
 from ditc.kernels import quantize as quantize_ops
 from ditc.kernels.attention import (
     RECIPES,
@@ -33,7 +34,6 @@ from ditc.kernels.attention import (
 from ditc.kernels.matmul import fp32_matmul, fp32_matmul_reason
 
 from .environment import describe
-from .harness import Call, Candidate, Clock, Result, Spread, best, measure, ratios
 from .report import markdown, preamble, rows, show, to_json, write
 
 SUITE = "attention"
@@ -333,7 +333,7 @@ def run(
     Args:
         device: where to measure.
         rounds: timed calls per candidate; on CPU a third of them for the largest.
-        clock: see :func:`benchmarks.harness.timer`.
+        clock: see :func:`ditc.bench.harness.timer`.
         tokens: lengths instead of the grid's.
         heads: head sizes instead of the grid's.
         save: write JSON and Markdown.

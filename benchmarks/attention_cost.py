@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
+from ditc.bench.harness import Clock
 from ditc.passes.quantize.tables import TABLES, AttentionPoint, AttentionSection, load_table
 
 from .attention import CUDA_HEAD_COUNT, WIDTH, Measured, Task, entrants, measure_task, rounds_of, summary
 from .environment import describe, hardware_slug
-from .harness import Clock
 from .report import markdown, preamble, show, to_json, write
 
 SUITE = "attention-cost"
@@ -69,7 +69,7 @@ def run(
     Args:
         device: where to measure.
         rounds: timed calls per candidate; on CPU a third of them for the largest.
-        clock: see :func:`benchmarks.harness.timer`.
+        clock: see :func:`ditc.bench.harness.timer`.
         quick: a corner of the grid.
         install: put the section into the table that the suite ``linear-cost`` installed for this hardware.
         save: write JSON and Markdown.

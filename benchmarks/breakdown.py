@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from ditc.bench.harness import Clock, timer
+
 from .candidates import own_backend, run_step
-from .harness import Clock, timer
 
 CATEGORIES = (
     "integer GEMM",

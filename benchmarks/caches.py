@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import ditc
+from ditc.bench.harness import Clock, Spread, order, timer
 from ditc.examples.digits.classifier import load_classifier
 from ditc.examples.digits.data import CLASSES, CLIP_SHAPE
 from ditc.examples.digits.evaluate import GUIDANCE, Quality, denoiser_of, measure_clips, real_clips
@@ -26,7 +27,6 @@ from ditc.runtime.samplers import flow_sigmas
 
 from .cache_entrants import Entrant, Run, baselines, copy_of, ours, peers
 from .environment import describe
-from .harness import Clock, Spread, order, timer
 from .report import markdown, preamble, write
 
 SUITE = "caches"
@@ -73,7 +73,7 @@ def run(
     Args:
         clips: drawn with each setting, digit by digit; the first is not timed.
         steps: of a generation.
-        clock: see :func:`benchmarks.harness.timer`.
+        clock: see :func:`ditc.bench.harness.timer`.
         more: further options of ditc's plans, to see caching on top of them.
         only: parts of entrants' names; all when empty.
         save: write the files.

@@ -10,10 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ditc.bench.harness import Call, Candidate
 from ditc.kernels.attention import attention_reason
 from ditc.kernels.matmul import fp32_matmul, fp32_matmul_reason
-
-from .harness import Call, Candidate
 
 Dtype = Literal["fp32", "bf16"]
 

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ditc.bench.harness import Call, Candidate, Clock, measure, ratios
+
 from .candidates import own_backend, run_step
 from .environment import describe
-from .harness import Call, Candidate, Clock, measure, ratios
 from .model import Size, build
 from .report import markdown, preamble, rows, show, to_json, write
 

@@ -22,6 +22,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.decomposition import select_decomp_table
 from torch.nn.functional import linear
 
+from ditc.bench.harness import Call, Candidate, Clock, Result, measure
 from ditc.kernels import linear as linear_ops
 from ditc.kernels import quantize as quantize_ops
 from ditc.passes.quantize.cost import FEW_ROWS
@@ -29,7 +30,6 @@ from ditc.passes.quantize.tables import TABLES, CostTable, Point, Source, table_
 
 from .candidates import BF16_BOUND, FP32_BOUND, INT8_BOUND
 from .environment import describe, hardware_slug
-from .harness import Call, Candidate, Clock, Result, measure
 from .report import markdown, preamble, show, to_json, write
 
 SUITE = "linear-cost"
@@ -272,7 +272,7 @@ def run(
     Args:
         device: where to measure.
         rounds: timed loops per candidate and shape.
-        clock: see :func:`benchmarks.harness.timer`.
+        clock: see :func:`ditc.bench.harness.timer`.
         quick: a corner of the grid.
         install: write the table to where the compiler reads it.
         save: write JSON and Markdown.

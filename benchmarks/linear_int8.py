@@ -15,11 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ditc.bench.harness import Call, Candidate, Clock, measure, ratios
 from ditc.kernels.formats.int8 import quantize_int8
 from ditc.kernels.linear import vnni
 from ditc.kernels.linear.lowering import int8_linear, int8_weight_linear
-
-from .harness import Call, Candidate, Clock, measure, ratios
 
 PEER, OWN, OWN_PRODUCT = "inductor", "vnni", "vnni, norm beside it"
 _LAYERS = 4

@@ -12,8 +12,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ditc.bench.harness import Result, Spread, ratios
+
 from .environment import ROOT, hardware_slug
-from .harness import Result, Spread, ratios
 
 SCHEMA = 1
 """Raised when a key of the JSON changes its meaning."""

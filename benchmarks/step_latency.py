@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from ditc.bench.harness import Clock, Result, best, measure, ratios
+
 from . import candidates as who
 from .breakdown import ceiling, step_breakdown
 from .environment import describe
-from .harness import Clock, Result, best, measure, ratios
 from .model import Size, build
 from .report import Row, markdown, preamble, rows, show, to_json, write
 
@@ -36,7 +37,7 @@ def run(
         device: CPU or CUDA.
         sizes: models to measure.
         rounds: timed calls per candidate.
-        clock: see :func:`benchmarks.harness.timer`.
+        clock: see :func:`ditc.bench.harness.timer`.
         only: names (or parts of names) of candidates; all when empty.
         save: write the files.
         progress: is told what happens.

@@ -30,8 +30,9 @@ from ditc.examples.digits.evaluate import (
 )
 from ditc.examples.digits.model import WEIGHTS, load_transformer
 from ditc.examples.digits.pictures import animate, contact_sheet, save_animation
-from ditc.examples.digits.report import WIDTH, as_table, plot_decisions
+from ditc.examples.digits.report import WIDTH, as_table
 from ditc.examples.digits.stages import Candidate, candidates
+from ditc.plots import plot_decisions
 from ditc.runtime.guards import GuardStats
 from ditc.runtime.quality import psnr, ssim
 from ditc.text import progress_bar

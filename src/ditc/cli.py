@@ -15,6 +15,7 @@ from rich.console import Console
 from .text import progress_bar
 
 if TYPE_CHECKING:
+    from .bench.harness import Clock
     from .passes.plan import Plan
 
 app = typer.Typer(
@@ -58,6 +59,54 @@ def plan(
 ) -> None:
     """Print a plan as TOML, to be edited and given to --plan or ditc.Plan.load."""
     sys.stdout.write(_plan_of(None, set_).to_toml())
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Argument(help="a transformer class of diffusers, or a folder with config.json")],
+    config: Annotated[Path | None, typer.Option(help="JSON file with the class's configuration")] = None,
+    plan: Annotated[Path | None, typer.Option(help="TOML file with a plan")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="plan option, as NAME=VALUE (quantize=int8)")] = None,
+    input_: Annotated[list[str] | None, typer.Option("--input", help="an input, as NAME=2x16x64[:dtype]")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="timed calls of each candidate")] = 15,
+    steps: Annotated[int, typer.Option(min=2, help="of a generation")] = 20,
+    bound: Annotated[float, typer.Option(min=0, help="largest relative error with which ditc gets a number")] = 0.2,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; the GPU when there is one")] = None,
+    decisions: Annotated[Path | None, typer.Option(help="PNG for what a cache guard decided, step by step")] = None,
+    json: Annotated[bool, typer.Option(help="print data instead of tables")] = False,
+) -> None:
+    """Time a step of a model, with random weights: eagerly, through inductor, and through ditc with a plan."""
+    import torch
+
+    from .bench.compare import compare, guard_lines
+    from .example_inputs import example_inputs
+    from .model_source import build_model, parse_input
+
+    chosen = _plan_of(plan, set_)
+    if decisions is not None and chosen.cache is None:
+        raise typer.BadParameter(
+            "without a cache in the plan nothing is decided: --set cache=...", param_hint="--decisions"
+        )
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    module = build_model(model, config, where)
+    inputs = example_inputs(module, dict(parse_input(text, module) for text in input_ or []))
+    clock: Clock = "cuda" if where == "cuda" else "wall"
+    with progress_bar() as bar:
+        task = bar.add_task("preparing", total=None)
+        found = compare(
+            module, inputs, chosen, rounds=rounds, steps=steps, bound=bound, clock=clock,
+            progress=lambda text: bar.update(task, description=text),
+        )  # fmt: skip
+    if decisions is not None and found.guard is not None:
+        from .plots import plot_decisions
+
+        plot_decisions({str(chosen.cache): found.guard}, decisions)
+    if json:
+        _console.print_json(json_module.dumps(found.to_data()))
+        return
+    _console.print(found, found.ran)
+    for line in guard_lines(found.guard) if found.guard is not None else ():
+        _console.print(line)
 
 
 @app.command()

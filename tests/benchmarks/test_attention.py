@@ -28,7 +28,7 @@ from benchmarks.attention import (
     tasks,
 )
 from benchmarks.attention_cost import grid, points
-from benchmarks.harness import Result, Spread
+from ditc.bench.harness import Result, Spread
 from ditc.kernels.attention import RECIPES, attention_reason
 from ditc.passes.quantize.tables import TABLES, AttentionSection, load_table
 

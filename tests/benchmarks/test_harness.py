@@ -17,10 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from benchmarks import breakdown, candidates, environment, harness, report, step_latency
+from benchmarks import breakdown, candidates, environment, report, step_latency
 from benchmarks.__main__ import app
-from benchmarks.harness import Candidate, Result, Spread
 from benchmarks.model import Size, build
+from ditc.bench import harness
+from ditc.bench.harness import Candidate, Result, Spread
 
 REFERENCE = torch.arange(1.0, 9.0)
 

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from benchmarks import linear_cost
 from benchmarks.__main__ import app
-from benchmarks.harness import Result, Spread
 from benchmarks.linear_cost import CPU_SERIES, Functions, Shape, measure_shape, series_for, shapes, table_of
+from ditc.bench.harness import Result, Spread
 from ditc.passes.quantize.cost import DeviceKind, estimate, load_table
 
 CPU = torch.device("cpu")
