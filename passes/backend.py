@@ -108,7 +108,7 @@ def unquantized(plan: Plan) -> Plan:
     reads = plan.cache is not None and plan.cache.reads_calibration
     return Plan(
         fuse=plan.fuse, fp32_matmul=plan.fp32_matmul, weights=plan.weights, mode=plan.mode, lower=plan.lower,
-        cache=plan.cache, calibration=plan.calibration if reads else None,
+        cache=plan.cache, chunks=plan.chunks, calibration=plan.calibration if reads else None,
     )  # fmt: skip
 
 

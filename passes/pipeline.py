@@ -25,6 +25,7 @@ from .attention.sink import SinkTransposes
 from .attention.use import UseAttention
 from .base import Pass, PassContext, PassReport, Skip, count_operators
 from .cache.calibrated import with_calibration
+from .cache.chunks.guard import WHOLE, ChunkRegion
 from .cache.guard import GuardRegion
 from .cache.mark import MarkBorders
 from .canonicalize import Canonicalize
@@ -55,6 +56,7 @@ def passes_for(plan: Plan) -> tuple[Pass, ...]:
     cache = with_calibration(cache, files.calibration) if cache is not None else None
     return (
         *([MarkBorders(cache)] if cache else []),
+        *([MarkBorders(WHOLE)] if plan.chunks else []),
         LowerModelopt(),
         *((RecogniseAttention(), SinkTransposes(), UseAttention(*files)) if plan.changes_attention else ()),
         *([FuseLinears()] if plan.fuse else []),
@@ -63,6 +65,7 @@ def passes_for(plan: Plan) -> tuple[Pass, ...]:
         UseVnni(),
         HoistWeights(),
         *([GuardRegion(cache)] if cache else []),
+        *([ChunkRegion(plan.chunks)] if plan.chunks else []),
     )
 
 

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ditc.kernels.formats import FORMATS
 
+from .cache.chunks.options import ChunkOptions
 from .cache.options import CacheOptions
 from .errors import PlanError
 from .structure import AttentionKind, Role
@@ -90,6 +91,10 @@ class Plan(BaseModel):
     )
     cache: CacheOptions | None = Field(
         None, description="skip blocks that would change little: a table {policy = ..., threshold = ...}"
+    )
+    chunks: ChunkOptions | None = Field(
+        None,
+        description="compute only the tokens of chunks that still change: a table {box = [frames, height, width], ...}",
     )
     weights: Literal["watch", "frozen"] = Field(
         "watch", description="watch: packed weights follow every edit of the module; frozen: packed once per module"
@@ -186,6 +191,11 @@ class Plan(BaseModel):
                     )
 
     def _check_cache(self) -> None:
+        if self.cache is not None and self.chunks is not None:
+            raise ValueError(
+                "cache and chunks are impossible together: whole steps that are reused would age all chunks unseen; "
+                "drop one of them"
+            )
         if self.cache is None or self.cache.policy != "magcache" or self.cache.ratios:
             return
         if self.calibration is None:

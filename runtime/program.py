@@ -14,7 +14,8 @@ import torch
 from ditc.kernels.errors import DitcError
 from ditc.kernels.matmul import fp32_matmul
 
-from .artifact import Artifact, last_unknown
+from .artifact import Artifact, StateSpec, last_unknown
+from .chunks import ChunkLog, ChunkStats
 from .guards import GuardLog, GuardStats
 from .release import refuse_released
 from .session import Slot, current_session, find_slot, listen_to_diffusers
@@ -42,6 +43,12 @@ class _Owner:
     precise: int = 0
     gauges: dict[str, tuple[torch.Tensor, int]] = field(default_factory=dict)
     guards: GuardLog = field(default_factory=GuardLog)
+    chunks: ChunkLog = field(default_factory=ChunkLog)
+
+    def record(self, spec: StateSpec, step: int, state: tuple[torch.Tensor, ...]) -> None:
+        """Takes note of what a step decided."""
+        log = self.chunks if ChunkLog.understands(spec) else self.guards
+        log.record(spec, step, state)
 
     def add(self, name: str, values: torch.Tensor) -> None:
         """Takes note of a gauge's values, without waiting for a GPU."""
@@ -133,7 +140,7 @@ class Program:
         own = len(outputs) - len(artifact.state.entries) - len(gauges)
         new = tuple(outputs[own + len(gauges) :])
         if owner is not None and artifact.controls:
-            owner.guards.record(artifact.state, slot.calls, new)
+            owner.record(artifact.state, slot.calls, new)
         slot.commit(new)
         if not gauges and not artifact.state.entries:
             return outputs
@@ -219,9 +226,15 @@ class Program:
 
     def guard_by(self, owned: dict[int, torch.Tensor]) -> GuardStats | None:
         """What the guard decided in those of :meth:`calls_by`, if there is a guard; waits for the device."""
-        if not self.artifact.controls:
+        if not self.artifact.controls or ChunkLog.understands(self.artifact.state):
             return None
         return GuardStats(tuple(step for entry in self._owned(owned) for step in entry.guards.steps()))
+
+    def chunks_by(self, owned: dict[int, torch.Tensor]) -> ChunkStats | None:
+        """Which chunks were computed in those of :meth:`calls_by`, if any are; waits for the device."""
+        if not ChunkLog.understands(self.artifact.state):
+            return None
+        return ChunkStats(tuple(step for entry in self._owned(owned) for step in entry.chunks.steps()))
 
     def _owned(self, owned: dict[int, torch.Tensor]) -> list[_Owner]:
         return [e for key, e in list(self._owners.items()) if key in owned and e.weight() is owned[key]]

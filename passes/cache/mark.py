@@ -59,7 +59,9 @@ class MarkBorders:
         if front + back >= len(chain):
             return self._nothing(f"front={front} and back={back} leave nothing of {len(chain)} blocks")
         body = chain[front : len(chain) - back]
-        entries = _entering(chain, front, nodes)
+        # in the order of the graph, in which borders are found again
+        places = {name: i for i, name in enumerate(nodes)}
+        entries = sorted(_entering(chain, front, nodes), key=lambda entry: places[entry[0].name])
         exits = _leaving(chain, body, nodes)
         source = _main(structure, _streams_of(chain[0], _entering(chain, 0, nodes)))
         main = _main(structure, _streams_of(chain[max(front - 1, 0)], entries))

@@ -23,6 +23,7 @@ from .facts import (
     SubAxis,
     TimestepInput,
     TokenAxis,
+    TokenRun,
 )
 
 __all__ = [
@@ -41,5 +42,6 @@ __all__ = [
     "SubAxis",
     "TimestepInput",
     "TokenAxis",
+    "TokenRun",
     "analyse",
 ]

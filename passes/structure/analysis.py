@@ -9,7 +9,7 @@ from torch import fx
 
 from .attention import describe
 from .blocks import find_stacks
-from .facts import FACTS, Embedder, Linear, NodeFacts, Role, Stack, Structure
+from .facts import FACTS, Embedder, Linear, NodeFacts, Role, Stack, Structure, TokenRun
 from .findings import Findings, find
 from .flow import CONVOLUTIONS
 from .ops import aten, display_name, graph_input, packet, shape, tensors
@@ -44,6 +44,8 @@ def analyse(graph: fx.GraphModule) -> Structure:
     sites = {site.node: site for site in attentions}
     for node in found.nodes:
         node.meta[FACTS] = _facts(found, node, roles, places, sites.get(node.name) and sites[node.name].kind)
+    for node in _streams(found, stacks):
+        node.meta[FACTS] = replace(node.meta[FACTS], runs=_runs(found, node))
     return Structure(
         token_axis=main,
         tokens=tuple(found.tokens.axes),
@@ -139,6 +141,18 @@ def _facts(
     stack, block = places.get(node, (None, None))
     facts = NodeFacts(roles.get(node), stack, block, None, node in found.conditioning, _axes(found, node))
     return replace(facts, attention=attention) if attention else facts  # type: ignore[arg-type]
+
+
+def _streams(found: Findings, stacks: list[Stack]) -> list[fx.Node]:
+    """The values that enter and leave blocks."""
+    names = {n for stack in stacks for block in stack.blocks for n in (*block.inputs, *block.outputs)}
+    return [node for node in found.nodes if node.name in names]
+
+
+def _runs(found: Findings, node: fx.Node) -> tuple[TokenRun, ...]:
+    """What the one dimension of tokens of a value is made of; nothing where there are several."""
+    dims = [dim for dim in found.walk.dims(node) if found.tokens.in_dim(dim)]
+    return found.tokens.runs_of(dims[0]) if len(dims) == 1 else ()
 
 
 def _axes(found: Findings, node: fx.Node) -> tuple[str | None, ...]:

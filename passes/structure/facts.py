@@ -236,12 +236,26 @@ class Structure:
 
 
 @dataclass(frozen=True)
+class TokenRun:
+    """Tokens of one axis that follow each other along a dimension.
+
+    ``name`` is the token axis that they belong to, or empty where they are of several or of none. ``grid`` says what
+    they enumerate, outermost first, where the graph shows it: the axes' sizes have ``size`` as their product.
+    """
+
+    name: str
+    size: int
+    grid: tuple[SubAxis, ...] = ()
+
+
+@dataclass(frozen=True)
 class NodeFacts:
     """What later passes may ask about one node without looking at names.
 
     ``axes`` has one entry per dimension of the node's value: ``batch``, ``tokens``, ``features``, a sub-axis' name
     in factorised models, or ``None``. ``conditioning`` marks values of the conditioning path, ``role`` linears,
-    ``attention`` the nodes that make an attention's output.
+    ``attention`` the nodes that make an attention's output. ``runs`` says of a stream in front of or behind a block
+    what its dimension of tokens is made of.
     """
 
     role: Role | None = None
@@ -250,3 +264,4 @@ class NodeFacts:
     attention: AttentionKind | None = None
     conditioning: bool = False
     axes: tuple[str | None, ...] = ()
+    runs: tuple[TokenRun, ...] = ()

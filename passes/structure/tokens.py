@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from .axes import DATA, FEATURE, Atom, AxisAlgebra, Dim, rank_of
-from .facts import SubAxis, TokenAxis
+from .axes import DATA, FEATURE, Atom, AxisAlgebra, Dim, rank_of, size_of
+from .facts import SubAxis, TokenAxis, TokenRun
 from .flow import CONVOLUTIONS, CUTS, VIEWS, Dependence
 from .ops import content, graph_input, packet, shape, tensors, value
 from .sites import Site
@@ -65,6 +65,19 @@ class Tokens:
                         if name not in found:
                             found.append(name)
         return tuple(found)
+
+    def runs_of(self, dim: Dim) -> tuple[TokenRun, ...]:
+        """The tokens of a dimension in their order, a run for each part of a concatenation."""
+        pieces = dim[0].segments if len(dim) == 1 and dim[0].segments else ((dim, size_of(dim)),)
+        return tuple(self._run(part, size) for part, size in pieces)
+
+    def _run(self, dim: Dim, size: int) -> TokenRun:
+        names = self.names_of((dim,))
+        sizes = {axis.name: axis.size for known in self.axes if known.name in names for axis in known.sub_axes}
+        grid = [SubAxis(axes[0], atom.size) for atom in dim if len(axes := self.sub_axes_of((atom,))) == 1]
+        # each axis whole and once, or the order of the tokens is not known
+        proven = len(grid) == len(dim) and {axis.name: axis.size for axis in grid} == sizes and len(grid) == len(sizes)
+        return TokenRun(names[0] if len(names) == 1 else "", size, tuple(grid) if proven else ())
 
     def sub_axes_of(self, dim: Dim) -> tuple[str, ...]:
         """The grid axes that a dimension runs over, in order."""

@@ -13,6 +13,7 @@ from rich.table import Table
 from ditc.passes.backend import check_plan
 from ditc.passes.base import PassReport
 from ditc.passes.plan import Plan
+from ditc.runtime.chunks import ChunkStats
 from ditc.runtime.guards import GuardStats
 from ditc.runtime.program import programs_of
 from ditc.runtime.weights import Memory
@@ -57,9 +58,10 @@ class ProgramStats:
     ``untouched`` says why the graph runs as captured, or is ``None``. ``precise_calls`` are the calls that ran at full
     precision because of their step. ``measured`` holds what the graph measured at its other calls, as means over them,
     by name and label: under ``attention kept`` the part of all blocks of keys that each sparse attention looked at.
-    ``guard`` holds what a cache guard decided, step by step. ``packs`` counts how often weights were packed, over all
-    modules that share the graph; ``memory`` is what that holds now (a graph that finds everything packed by another
-    holds it too), and ``unreleased`` names the weights that ``free_originals`` could not release, with the reason.
+    ``guard`` holds what a cache guard decided, step by step, and ``chunks`` which chunks were computed. ``packs``
+    counts how often weights were packed, over all modules that share the graph; ``memory`` is what that holds now (a
+    graph that finds everything packed by another holds it too), and ``unreleased`` names the weights that
+    ``free_originals`` could not release, with the reason.
     """
 
     number: int
@@ -76,6 +78,7 @@ class ProgramStats:
     unreleased: Mapping[str, str] = field(default_factory=dict)
     measured: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     guard: GuardStats | None = None
+    chunks: ChunkStats | None = None
 
     @property
     def packed_bytes(self) -> int:
@@ -116,6 +119,8 @@ class Stats:
             calls = f"{program.calls}" + (f"\n{program.precise_calls} precise" if program.precise_calls else "")
             if program.guard is not None:
                 calls += f"\n{program.guard.skipped} reused"
+            if program.chunks is not None:
+                calls += f"\n{program.chunks.sparse} sparse"
             weights = _weights(program)
             table.add_row(str(program.number), calls, str(program.plan), rewrites or "-", weights, program.remarks)
         return table
@@ -165,6 +170,7 @@ def stats(compiled: torch.nn.Module) -> Stats:
                 {name: reason for cache in program.caches for name, reason in cache.unreleased().items()},
                 program.gauges_by(owned),
                 program.guard_by(owned),
+                program.chunks_by(owned),
             )
         )
     return Stats(tuple(found))
