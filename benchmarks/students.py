@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import ditc
+from ditc.bench.harness import Clock, timer
 from ditc.distill.records import append_record, read_records
 from ditc.examples.digits.classifier import Classifier, judge_clips, load_classifier
 from ditc.examples.digits.data import CLASSES, CLIP_SHAPE
@@ -27,7 +28,6 @@ from ditc.examples.digits.stages import students as shipped
 from ditc.runtime.students import load_student
 
 from .environment import ROOT, describe
-from .harness import Clock, timer
 from .report import markdown, preamble, write
 
 SUITE = "students"
@@ -84,7 +84,7 @@ def run(
     Args:
         clips: drawn with each seed, as many of each digit, in batches of ten; the first batch is not timed.
         seeds: how many.
-        clock: see :func:`benchmarks.harness.timer`.
+        clock: see :func:`ditc.bench.harness.timer`.
         only: parts of entrants' names; all when empty.
         kept: where measured rows are kept.
         save: write the files.
