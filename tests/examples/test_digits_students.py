@@ -29,6 +29,7 @@ names = pytest.mark.parametrize("folder", SHIPPED, ids=[folder.name for folder i
 
 def test_there_are_students() -> None:
     assert SHIPPED
+    assert min(load_student(folder).sampler.steps for folder in SHIPPED) <= 2
 
 
 @names
