@@ -10,7 +10,7 @@ TRITON ?= triton>=3.9,<3.10
 # tests run in as many processes as there are cores, each with one thread of torch's
 WORKERS ?= $(shell $(PYTHON) -c "import os; print(min(os.cpu_count() or 1, 8))")
 
-.PHONY: demo test lint types unit gpu bench teacher clean
+.PHONY: demo test lint types unit gpu bench teacher students clean
 
 $(BIN)/.ready: pyproject.toml
 	# a PyTorch that is there already (a CUDA build, say) is used; pip takes the rest from the index
@@ -46,6 +46,11 @@ bench: $(BIN)/.ready
 # trains the demo's model anew; about an hour on two cores
 teacher: $(BIN)/.ready
 	$(BIN)/python -m ditc.examples.digits.train --steps 3200 --seed 0
+
+# trains the demo's students anew, by their recorded commands; about 40 minutes on two cores
+students: $(BIN)/.ready
+	$(BIN)/ditc distill method=dmd2 model=digits steps=4 method.guidance=1.25 run.batch=8 run.updates=800 out=out/dmd2
+	$(BIN)/ditc distill method=dmd2 model=digits steps=2 method.guidance=1.5 run.batch=8 run.updates=1000 out=out/dmd2-two
 
 # with whatever torch and triton the machine's own python has: nothing is installed but ditc itself
 gpu:

@@ -97,6 +97,24 @@ def test_ctrl_c_ends_an_update_and_the_same_call_goes_on(tmp_path: Path) -> None
     assert (measured["update"], measured["rows"]) == (12, 2)
 
 
+def test_what_a_killed_run_logged_after_its_checkpoint_is_forgotten(tmp_path: Path) -> None:
+    class Killed(Training):
+        def step(self):  # type: ignore[no-untyped-def]
+            if self.update == 8:
+                raise SystemError("the power is gone")
+            return super().step()
+
+    with pytest.raises(SystemError):
+        run_training(Killed(tiny_subject(), DMD, training().run, ALONE), tmp_path)
+    with (tmp_path / UPDATES).open("a") as file:
+        file.write('{"update": 9, "pla')
+    resumed = training()
+    assert run_training(resumed, tmp_path)
+    logged = [json.loads(line)["update"] for line in (tmp_path / UPDATES).read_text().splitlines()]
+    assert logged == [3, 6, 9, 12]
+    assert resumed.update == 12
+
+
 def test_gradients_of_several_forwards_are_averaged() -> None:
     run = training(DMD2(steps=2), accumulate=2)
     run.modules["fake"].requires_grad_(True)
