@@ -70,7 +70,7 @@ def figures(training: Training, out: Path, command: Sequence[str]) -> dict[str, 
         "options": training.identity,
         "updates": training.update,
         "student_updates": training.student_updates,
-        "training_seconds": round(sum(record["seconds_per_update"] * every for record in updates), 1),
+        "training_seconds": round(sum(record["seconds_per_update"] * every for record in updates), 3),
         "quality": last,
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
     }
