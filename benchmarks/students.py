@@ -25,7 +25,7 @@ from ditc.examples.digits.distilling import call, diversity
 from ditc.examples.digits.evaluate import GUIDANCE, denoiser_of, draw_clips, measure_clips, real_clips
 from ditc.examples.digits.model import WEIGHTS, WEIGHTS_FILE, class_tokens, load_transformer
 from ditc.examples.digits.stages import students as shipped
-from ditc.runtime.students import load_student
+from ditc.runtime.students import MANIFEST, load_student
 
 from .environment import ROOT, describe
 from .report import markdown, preamble, write
@@ -51,7 +51,7 @@ class Entrant:
     def digest(self) -> str:
         """Which weights these are, and, of a student, which manifest."""
         data = (self.folder / WEIGHTS_FILE).read_bytes()
-        manifest = self.folder / "sampler.json"
+        manifest = self.folder / MANIFEST
         return hashlib.sha256(data + (manifest.read_bytes() if manifest.is_file() else b"")).hexdigest()[:16]
 
     def prepare(self) -> Draw:

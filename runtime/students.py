@@ -45,6 +45,17 @@ class Student:
         return Student(compile(self.module), self.sampler, self._run)
 
 
+def read_manifest(folder: Path) -> Sampler:
+    """The manifest in a student's folder.
+
+    Raises:
+        SamplerError: there is none, or a wrong one.
+    """
+    if not (folder / MANIFEST).is_file():
+        raise SamplerError(f"{folder} holds no {MANIFEST}: it is no student's folder, so nothing says how to sample it")
+    return Sampler.from_text((folder / MANIFEST).read_text("utf-8"))
+
+
 def load_student(folder: str | Path, model: nn.Module | None = None, run: Run | None = None) -> Student:
     """Read a student that `ditc distill` wrote, in fp32, on the CPU, in eval mode.
 
@@ -58,9 +69,7 @@ def load_student(folder: str | Path, model: nn.Module | None = None, run: Run | 
         CheckpointError: no weights, damaged ones, or ones of another architecture.
     """
     folder = Path(folder)
-    if not (folder / MANIFEST).is_file():
-        raise SamplerError(f"{folder} holds no {MANIFEST}: it is no student's folder, so nothing says how to sample it")
-    sampler = Sampler.from_text((folder / MANIFEST).read_text("utf-8"))
+    sampler = read_manifest(folder)
     checkpoint = open_checkpoint(folder)
     module = _from_config(folder, checkpoint.config) if model is None else model
     odd = sorted(module.state_dict().keys() ^ checkpoint.tensors.keys())

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from ditc.runtime.samplers import Sampler
+from ditc.runtime.students import MANIFEST, read_manifest
 
 STUDENTS = Path(__file__).parent / "students"
-MANIFEST = "sampler.json"
 CACHE: Mapping[str, Any] = {"policy": "first-block", "threshold": 0.1}
 """What the caching stages skip by: see the suite `caches` of the benchmarks for the curve that it is a point of."""
 
@@ -37,11 +37,11 @@ class Candidate:
         """The student's manifest; `None` for the teacher.
 
         Raises:
-            FileNotFoundError: there is no such student.
+            SamplerError: there is no such student.
         """
         if self.student is None:
             return None
-        return Sampler.from_text((self.student / MANIFEST).read_text("utf-8"))
+        return read_manifest(self.student)
 
 
 def candidates() -> tuple[Candidate, ...]:
@@ -55,22 +55,16 @@ def candidates() -> tuple[Candidate, ...]:
         Candidate("+ int8 attention", compiled(attention), require_quantised),
         Candidate("+ cache", compiled({**attention, "cache": dict(CACHE)}), require_skips),
     ]
-    stages += [
-        Candidate(f"{sampler_of(folder).steps}-step {folder.name}", compiled(attention), require_quantised, folder)
-        for folder in students()
-    ]
+    for folder in students():
+        name = f"{read_manifest(folder).steps} steps, {folder.name.split('-')[0]}"
+        stages.append(Candidate(name, compiled(attention), require_quantised, folder))
     return tuple(stages)
 
 
 def students() -> tuple[Path, ...]:
     """The folders of the students that come with the demo, from most steps to fewest."""
     found = sorted(path.parent for path in STUDENTS.glob(f"*/{MANIFEST}"))
-    return tuple(sorted(found, key=lambda folder: -sampler_of(folder).steps))
-
-
-def sampler_of(folder: Path) -> Sampler:
-    """The manifest in a student's folder."""
-    return Sampler.from_text((folder / MANIFEST).read_text("utf-8"))
+    return tuple(sorted(found, key=lambda folder: -read_manifest(folder).steps))
 
 
 def compiled(plan: Mapping[str, Any]) -> Callable[[nn.Module], Callable[..., Any]]:

@@ -14,11 +14,9 @@ import torch
 from ditc.passes.errors import DitcError
 from ditc.passes.plan import Plan
 from ditc.runtime.samplers import Sampler
+from ditc.runtime.students import MANIFEST, read_manifest
 
 from .pipeline.optimize import optimize
-
-MANIFEST = "sampler.json"
-"""File of a student's folder, or of a pipeline's, that says how it is sampled."""
 
 Progress = Callable[[int, int], None]
 
@@ -83,7 +81,7 @@ def generate_files(
         SamplerError: a request that contradicts the manifest.
     """
     if sampler is None and (source / MANIFEST).is_file():
-        sampler = Sampler.from_text((source / MANIFEST).read_text("utf-8"))
+        sampler = read_manifest(source)
     if (source / "model_index.json").is_file():
         draw = _from_pipeline
     elif (source / "config.json").is_file():
