@@ -12,9 +12,10 @@ from torch import fx
 from torch._inductor.compile_fx import compile_fx
 
 from ditc.kernels.matmul import fp32_matmul_reason
-from ditc.runtime.artifact import Artifact, Manifest, StateSpec
+from ditc.runtime.artifact import Artifact, Manifest, Segment, StateSpec
 
 from .attention.use import UseAttention
+from .cache.lowering import lower_guard
 from .cache.mark import MarkBorders
 from .capture import Capture, GraphInput, capture_dynamo, graph_inputs
 from .errors import CaptureError, PassError, PlanError
@@ -199,7 +200,13 @@ def assemble(rewritten: Rewritten, inputs: Sequence[GraphInput], plan: Plan, sou
     )
     timestep = _timestep(rewritten)
     kept = _drop_unread(graph, len(inputs))
-    segment = lower_eager(graph) if plan.lower == "eager" else lower_inductor(graph, plan)
+
+    def lower(part: fx.GraphModule) -> Segment:
+        return lower_eager(part) if plan.lower == "eager" else lower_inductor(part, plan)
+
+    guard = rewritten.guard
+    cuda_graphs = bool(mode_options(plan.mode).get("triton.cudagraphs"))
+    segment = lower_guard(graph, guard, rewritten.state, lower, cuda_graphs) if guard is not None else lower(graph)
     return Artifact(
         (segment,),
         rewritten.state,

@@ -63,6 +63,8 @@ class PassContext:
     state: list[StateEntry] = field(default_factory=list)
     gauges: list[Gauge] = field(default_factory=list)
     controls: Controls = field(default_factory=Controls)
+    exported: bool = False
+    """Whether ``torch.export`` gave the graph, which then stays one graph."""
 
     def declare_state(self, entry: StateEntry) -> None:
         """Announces a tensor that the session carries from step to step.

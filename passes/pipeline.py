@@ -26,6 +26,7 @@ from .attention.use import UseAttention
 from .base import Pass, PassContext, PassReport, Skip, count_operators
 from .cache.calibrated import with_calibration
 from .cache.chunks.guard import WHOLE, ChunkRegion
+from .cache.cut import GUARD, Guard
 from .cache.guard import GuardRegion
 from .cache.mark import MarkBorders
 from .canonicalize import Canonicalize
@@ -74,7 +75,7 @@ class Rewritten:
     """A graph after the passes: what was found in it, what was done to it, and the weights' prologue.
 
     The graph returns the outputs that it was captured with, then ``gauges``, then ``state``; behind its state it takes
-    ``controls``, where there are any.
+    ``controls``, where there are any. ``guard`` says where a cache guard stands in it.
     """
 
     graph: fx.GraphModule
@@ -84,6 +85,7 @@ class Rewritten:
     prologue: Prologue | None
     gauges: tuple[Gauge, ...] = ()
     controls: Controls = field(default_factory=Controls)
+    guard: Guard | None = None
 
 
 def rewrite(capture: Capture, plan: Plan, passes: tuple[Pass, ...] | None = None) -> Rewritten:
@@ -98,7 +100,7 @@ def rewrite(capture: Capture, plan: Plan, passes: tuple[Pass, ...] | None = None
         PassError: a pass failed, broke its contract, or could do nothing of what was asked for.
     """
     graph = capture.graph
-    ctx = PassContext(plan, device_of(graph))
+    ctx = PassContext(plan, device_of(graph), exported=capture.source == "export")
     outputs = output_types(graph)
     reports = [_run(Canonicalize(), graph, ctx, outputs, 0)]
     ctx.structure = analyse(graph)
@@ -111,7 +113,8 @@ def rewrite(capture: Capture, plan: Plan, passes: tuple[Pass, ...] | None = None
         reports.append(_run(item, graph, ctx, outputs, number))
     prologue = graph.meta.pop(HoistWeights.PROLOGUE, None)
     state, gauges = StateSpec(tuple(ctx.state)), tuple(ctx.gauges)
-    return Rewritten(graph, ctx.structure, tuple(reports), state, prologue, gauges, ctx.controls)
+    guard = graph.meta.pop(GUARD, None)
+    return Rewritten(graph, ctx.structure, tuple(reports), state, prologue, gauges, ctx.controls, guard)
 
 
 def _run(item: Pass, graph: fx.GraphModule, ctx: PassContext, outputs: list[str], number: int) -> PassReport:

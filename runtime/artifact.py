@@ -45,12 +45,13 @@ class StateEntry:
     """One tensor that a program carries from step to step.
 
     It starts as zeros, so a ``bool`` entry starts false: programs mark what they have stored with one of those, and
-    compute where there is nothing to reuse.
+    compute where there is nothing to reuse. ``host`` entries stay on the host, where decisions read them.
     """
 
     name: str
     shape: tuple[int | SymbolicSize, ...]
     dtype: torch.dtype
+    host: bool = False
 
     @property
     def bytes(self) -> int:
@@ -76,7 +77,7 @@ class StateSpec:
             torch.zeros(
                 [size.value(inputs) if isinstance(size, SymbolicSize) else size for size in entry.shape],
                 dtype=entry.dtype,
-                device=device,
+                device=torch.device("cpu") if entry.host else device,
             )
             for entry in self.entries
         )
@@ -115,12 +116,13 @@ class Controls:
     """Numbers that a program takes with every call, as one float32 vector: ``names`` first, then ``table``.
 
     ``defaults`` are those of the plan; a session may say otherwise. The number called :attr:`STEPS` is how many steps
-    the session announced, 0 where nobody did.
+    the session announced, 0 where nobody did. ``host``: the vector is read on the host.
     """
 
     names: tuple[str, ...] = ()
     defaults: tuple[float, ...] = ()
     table: tuple[float, ...] = ()
+    host: bool = False
 
     STEPS: ClassVar[str] = "steps"
     LAST: ClassVar[str] = "last"
@@ -199,7 +201,8 @@ class Artifact:
 
     Attributes:
         segments: run one after the other; the first takes ``[kept inputs, packed weights, state, controls]``, each next
-            one what the one before returned; the last returns ``[outputs, gauges, new state]``.
+            one what the one before returned; the last returns ``[outputs, gauges, new state]``. A segment may be a
+            :class:`.branched.Branched`, whose parts pass values among themselves.
         prepare: the prologue, which packs weights, in pieces; empty where nothing is packed.
         prepare_inputs: positions among the caller's inputs of the weights that ``prepare`` reads.
         releasable: positions among the caller's inputs of the weights that are released once they are packed.

@@ -10,6 +10,10 @@ import torch
 
 from .artifact import StateSpec
 from .session import current_branch, current_session
+from .stopwatch import GuardTime, Stopwatch
+
+ONE_GRAPH = "the guard is part of one graph (lowering 'cond'), whose parts have no times of their own"
+UNMEASURED = "too few steps ran to tell: at least two that compute all samples"
 
 MOST_STEPS = 4096
 """Steps of a program that are remembered; older ones are forgotten."""
@@ -25,6 +29,8 @@ class GuardStep:
         scores: of each sample (or one for all), what the policy decided by.
         hits: of each sample, whether it was reused.
         run: of each sample, reused steps in a row, this one included.
+        finite: of each sample, whether the result held neither NaN nor infinity; empty for policies that look at what
+            changes, and so find it by themselves.
     """
 
     request: str | None
@@ -33,13 +39,17 @@ class GuardStep:
     scores: tuple[float, ...]
     hits: tuple[bool, ...]
     run: tuple[int, ...]
+    finite: tuple[bool, ...] = ()
 
 
 @dataclass(frozen=True)
 class GuardStats:
-    """The decisions of one program, oldest first."""
+    """The decisions of one program, oldest first, and what they cost and saved; ``untimed`` says why that is not known
+    where ``time`` is ``None``."""
 
     steps: tuple[GuardStep, ...]
+    time: GuardTime | None = None
+    untimed: str | None = None
 
     @property
     def hit_rate(self) -> float:
@@ -63,8 +73,15 @@ class GuardStats:
             found.append("never fires: the threshold is below every change that was seen, so the guard only costs")
         elif all(all(step.hits) for step in self.steps if step.step >= longest // 2):
             found.append("always fires in the later half: the threshold is above every change that was seen")
-        if self.hit_rate and not self.skipped:
+        if self.hit_rate and not self.skipped and self.untimed == ONE_GRAPH:
             found.append("samples of a batch never agree, so nothing was skipped: the guard only costs")
+        if self.time is not None and self.time.spent > self.time.saved:
+            found.append(
+                f"costs more than it saves: {1e3 * self.time.spent:.3g} ms spent on deciding, "
+                f"{1e3 * self.time.saved:.3g} ms saved"
+            )
+        if not all(all(step.finite) for step in self.steps):
+            found.append("a step gave NaN or infinity, which a policy that looks at nothing may have repeated")
         if longest <= 8:
             found.append(f"{longest} steps: with so few, whole-step reuse rarely pays")
         return tuple(found)
@@ -74,8 +91,10 @@ class GuardLog:
     """Collects what guards decided step by step, without waiting for a device."""
 
     NAMES = ("cache.score", "cache.hit", "cache.run")
+    FINITE = "cache.finite"
 
     def __init__(self) -> None:
+        self.watch = Stopwatch()
         self._steps: deque[tuple[str | None, str | None, int, tuple[torch.Tensor, ...]]] = deque(maxlen=MOST_STEPS)
 
     def record(self, spec: StateSpec, step: int, state: Sequence[torch.Tensor]) -> None:
@@ -84,14 +103,15 @@ class GuardLog:
         by_name = {entry.name: tensor for entry, tensor in zip(spec.entries, state, strict=True)}
         request = current.request if current is not None else None
         # a tensor of a CUDA graph is overwritten by the next replay
-        self._steps.append((request, current_branch(), step, tuple(by_name[name].clone() for name in self.NAMES)))
+        names = [*self.NAMES, *([self.FINITE] if self.FINITE in by_name else [])]
+        self._steps.append((request, current_branch(), step, tuple(by_name[name].clone() for name in names)))
 
     def steps(self) -> list[GuardStep]:
         """What was decided so far, oldest first; waits for the device."""
         found = []
         for request, branch, step, tensors in list(self._steps):
-            scores, hits, run = (tensor.tolist() for tensor in tensors)
-            found.append(
-                GuardStep(request, branch, step, tuple(scores), tuple(map(bool, hits)), tuple(int(r) for r in run))
-            )
+            scores, hits, run, *seen = (tensor.tolist() for tensor in tensors)
+            finite = tuple(bool(value) for values in seen for value in values)
+            numbers = tuple(scores), tuple(map(bool, hits)), tuple(int(r) for r in run)
+            found.append(GuardStep(request, branch, step, *numbers, finite))
         return found

@@ -15,10 +15,12 @@ from ditc.kernels.errors import DitcError
 from ditc.kernels.matmul import fp32_matmul
 
 from .artifact import Artifact, StateSpec, last_unknown
+from .branched import Branched
 from .chunks import ChunkLog, ChunkStats
-from .guards import GuardLog, GuardStats
+from .guards import ONE_GRAPH, UNMEASURED, GuardLog, GuardStats
 from .release import refuse_released
 from .session import Slot, current_session, find_slot, listen_to_diffusers
+from .stopwatch import Laps, together
 from .weights import Memory, WeightCache
 
 _programs: weakref.WeakSet[Program] = weakref.WeakSet()
@@ -77,8 +79,13 @@ class _Variant:
         """Whether weights are looked at more thoroughly at the first step of a generation."""
         return self.weights is not None and self.artifact.watch_weights
 
-    def __call__(self, inputs: tuple[Any, ...], state: tuple[torch.Tensor, ...], thorough: bool) -> Any:
-        """Takes the caller's inputs and the state; returns outputs and new state."""
+    @property
+    def branches(self) -> bool:
+        """Whether the host takes a branch, between parts whose time can be told."""
+        return any(isinstance(segment, Branched) for segment in self.artifact.segments)
+
+    def __call__(self, inputs: tuple[Any, ...], state: tuple[torch.Tensor, ...], thorough: bool, laps: Laps) -> Any:
+        """Takes the caller's inputs and the state; returns outputs and new state. Times of parts go to ``laps``."""
         artifact = self.artifact
         kept = range(len(inputs)) if artifact.kept_inputs is None else artifact.kept_inputs
         values = [inputs[i] for i in kept]
@@ -88,7 +95,7 @@ class _Variant:
         values += state
         with self._matmul():
             for segment in artifact.segments:
-                values = segment(*values)  # type: ignore[assignment]
+                values = segment.run(values, laps) if isinstance(segment, Branched) else segment(*values)  # type: ignore[assignment]
         return values
 
     def _name(self, position: int) -> str:
@@ -114,6 +121,7 @@ class Program:
         # finding the slot may read the timestep, which waits for a GPU: only for those who need it
         variants = [variant for variant in (self._main, self._precise) if variant is not None]
         carries = bool(artifact.state.entries or artifact.controls)
+        self._timed = self._main.branches
         self._needs_slot = len(variants) > 1 or carries or any(v.watches for v in variants)
         self.caches = [variant.weights for variant in variants if variant.weights is not None]
         _programs.add(self)
@@ -134,13 +142,17 @@ class Program:
         if artifact.state.entries:
             state = slot.tensors or artifact.state.initial(self._device(inputs), inputs)
         if artifact.controls:
-            state = (*state, self._controls(self._device(inputs)))
-        outputs = variant(inputs, state, thorough=slot.calls == 0)
+            place = torch.device("cpu") if artifact.controls.host else self._device(inputs)
+            state = (*state, self._controls(place))
+        measured = self._timed and owner is not None and variant is self._main
+        laps = owner.guards.watch.start(self._device(inputs)) if measured and owner is not None else Laps()
+        outputs = variant(inputs, state, slot.calls == 0, laps)
         gauges = variant.artifact.gauges
         own = len(outputs) - len(artifact.state.entries) - len(gauges)
         new = tuple(outputs[own + len(gauges) :])
         if owner is not None and artifact.controls:
             owner.record(artifact.state, slot.calls, new)
+            owner.guards.watch.stop(laps)
         slot.commit(new)
         if not gauges and not artifact.state.entries:
             return outputs
@@ -228,7 +240,10 @@ class Program:
         """What the guard decided in those of :meth:`calls_by`, if there is a guard; waits for the device."""
         if not self.artifact.controls or ChunkLog.understands(self.artifact.state):
             return None
-        return GuardStats(tuple(step for entry in self._owned(owned) for step in entry.guards.steps()))
+        logs = [entry.guards for entry in self._owned(owned)]
+        times = [time for time in (log.watch.read() for log in logs) if time is not None]
+        why = None if times else (UNMEASURED if self._timed else ONE_GRAPH)
+        return GuardStats(tuple(step for log in logs for step in log.steps()), together(times), why)
 
     def chunks_by(self, owned: dict[int, torch.Tensor]) -> ChunkStats | None:
         """Which chunks were computed in those of :meth:`calls_by`, if any are; waits for the device."""

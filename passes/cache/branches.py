@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
@@ -11,28 +12,60 @@ from torch import Tensor, fx
 from .borders import BORDER, Border
 from .decide import Decision
 from .forecast import differences, forecast
-from .state import Site
+from .state import PART, Site
+
+OWNED = "ditc_owned"
+"""Key in the ``meta`` of a branch's result: the node, in the branch, whose values it holds in a vector of its own."""
+
+BODY = "body"
+"""What :data:`.state.PART` says of the region's nodes inside of the branch that computes."""
 
 
-def branch(site: Site, decided: Decision) -> tuple[list[fx.Node], list[fx.Node]]:
-    """Adds the ``cond`` at the current insertion point: the exits' values, and what is kept of them from now on."""
+@dataclass(frozen=True)
+class Branches:
+    """A ``cond`` and what it chooses between.
+
+    Attributes:
+        cond: the call.
+        reuse, compute: the branches; each returns the exits' values, then what is kept of them.
+        exits, kept: these results behind the ``cond``, in their shapes.
+    """
+
+    cond: fx.Node
+    reuse: fx.GraphModule
+    compute: fx.GraphModule
+    exits: tuple[fx.Node, ...]
+    kept: tuple[fx.Node, ...]
+
+    @property
+    def operands(self) -> tuple[fx.Node, ...]:
+        """What both branches take, in order."""
+        found: tuple[fx.Node, ...] = self.cond.args[3]  # type: ignore[assignment]
+        return found
+
+
+def branch(site: Site, decided: Decision) -> Branches:
+    """Adds the ``cond`` at the current insertion point."""
     graph = site.graph.graph
     exits = len(site.region.exits)
     kept = [node for i in range(exits) for node in site.kept(i)]
     operands = list(dict.fromkeys([decided.hit, site.state["run"], *kept, *site.entries, *site.region.operands]))
+    modules = {"reuse": _reuse(site, operands), "compute": _compute(site, operands, decided.hit)}
     names = []
-    for kind, module in (("reuse", _reuse(site, operands)), ("compute", _compute(site, operands, decided.hit))):
+    for kind, module in modules.items():
         setattr(site.graph, f"cache_{kind}", module)
         names.append(graph.get_attr(f"cache_{kind}"))
-    chosen = graph.call_function(torch.ops.higher_order.cond, (decided.everyone, *names, tuple(operands)))
+    cond = graph.call_function(torch.ops.higher_order.cond, (decided.everyone, *names, tuple(operands)))
     items = []
     for i, like in enumerate([*(site.kept(i)[0] for i in range(exits)), *kept]):
-        item = graph.call_function(operator.getitem, (chosen, i))
+        item = graph.call_function(operator.getitem, (cond, i))
         size = like.meta["val"].numel()
         with like.meta["val"].fake_mode:
-            item.meta["val"] = like.meta["val"].new_empty((size,))
-        items.append(site.trace(lambda flat, shaped: flat.reshape(shaped.shape), [item, like]))
-    return items[:exits], items[exits:]
+            item.meta = {"val": like.meta["val"].new_empty((size,)), PART: "branch"}
+        items.append(site.trace("branch", lambda flat, shaped: flat.reshape(shaped.shape), [item, like]))
+    for node in (cond, *names):
+        node.meta[PART] = "branch"
+    return Branches(cond, **modules, exits=tuple(items[:exits]), kept=tuple(items[exits:]))
 
 
 def _reuse(site: Site, operands: list[fx.Node]) -> fx.GraphModule:
@@ -41,21 +74,18 @@ def _reuse(site: Site, operands: list[fx.Node]) -> fx.GraphModule:
     inside = _placeholders(new, operands)
     count = site.options.order + 1
     results: list[fx.Node] = []
-    copies: list[fx.Node] = []
     for i, exit in enumerate(site.region.exits):
         what: Border = exit.meta[BORDER]
 
-        def reuse(run: Tensor, *values: Tensor, dim: int = what.dim) -> list[Tensor]:
+        def reuse(run: Tensor, *values: Tensor, dim: int = what.dim) -> Tensor:
             kept, base = values[:count], values[count:]
             again = forecast(kept, run + 1)
-            return [_own(_joined(base, dim) + again if base else again), *map(_own, kept)]
+            return _joined(base, dim) + again if base else again
 
         nodes = [site.state["run"], *site.kept(i), *(site.entries[k] for k in what.base)]
-        output, *rest = site.trace(reuse, [inside[node] for node in nodes], new)
-        results.append(output)
-        copies += rest
-    new.output((*results, *copies))
-    return fx.GraphModule(site.graph, new)
+        results.append(site.trace("branch", reuse, [inside[node] for node in nodes], new))
+    kept = [inside[node] for i in range(len(results)) for node in site.kept(i)]
+    return _finish(site, new, results, kept)
 
 
 def _compute(site: Site, operands: list[fx.Node], hit: fx.Node) -> fx.GraphModule:
@@ -65,9 +95,10 @@ def _compute(site: Site, operands: list[fx.Node], hit: fx.Node) -> fx.GraphModul
     inside = dict(outer)
     for node in site.region.nodes:
         inside[node] = new.node_copy(node, inside.__getitem__)
+        inside[node].meta = {**node.meta, PART: BODY}
     count = site.options.order + 1
     results: list[fx.Node] = []
-    residuals: list[fx.Node] = []
+    kept: list[fx.Node] = []
     for i, exit in enumerate(site.region.exits):
         what: Border = exit.meta[BORDER]
         each = what.batch and site.samples != 1
@@ -75,23 +106,32 @@ def _compute(site: Site, operands: list[fx.Node], hit: fx.Node) -> fx.GraphModul
         def compute(
             z: Tensor, mask: Tensor, run: Tensor, *values: Tensor, dim: int = what.dim, each: bool = each
         ) -> list[Tensor]:
-            kept, base = values[:count], values[count:]
+            old, base = values[:count], values[count:]
             start = _joined(base, dim) if base else None
-            fresh = differences(z if start is None else z - start, kept, run + 1)
+            fresh = differences(z if start is None else z - start, old, run + 1)
             if not each:
-                return [_own(z), *map(_own, fresh)]
+                return [z, *fresh]
             mask = mask.reshape(-1, *[1] * (z.dim() - 1))
-            again = forecast(kept, run + 1)
+            again = forecast(old, run + 1)
             again = again if start is None else start + again
-            held = [torch.where(mask, old, new) for old, new in zip(kept, fresh, strict=True)]
-            return [_own(torch.where(mask, again, z)), *map(_own, held)]
+            held = [torch.where(mask, before, now) for before, now in zip(old, fresh, strict=True)]
+            return [torch.where(mask, again, z), *held]
 
         nodes = [hit, site.state["run"], *site.kept(i), *(site.entries[k] for k in what.base)]
         value = inside[exit.all_input_nodes[0]]
-        output, *rest = site.trace(compute, [value, *(outer[node] for node in nodes)], new)
+        output, *rest = site.trace("branch", compute, [value, *(outer[node] for node in nodes)], new)
         results.append(output)
-        residuals += rest
-    new.output((*results, *residuals))
+        kept += rest
+    return _finish(site, new, results, kept)
+
+
+def _finish(site: Site, new: fx.Graph, results: list[fx.Node], kept: list[fx.Node]) -> fx.GraphModule:
+    """Makes the values of ``results`` and ``kept`` what a branch returns."""
+    returned = []
+    for node in (*results, *kept):
+        returned.append(site.trace("branch", _own, [node], new))
+        returned[-1].meta[OWNED] = node
+    new.output(tuple(returned))
     return fx.GraphModule(site.graph, new)
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from .policy import Seen, allowed
-from .state import Site
+from .policy import Seen, State, allowed
+from .state import FINITE, Site
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,15 @@ def decide(site: Site) -> Decision:
         named = {name: controls[i] for i, name in enumerate(site.options.controls())}
         step = state["step"].to(torch.int64)
         would, score, vectors = rule.decide(Seen(site.batch, step, **looked), state, named, controls[len(named) :])
-        may = allowed(step, state["run"], named) & (state["computed"] > order)
+        may = allowed(step, state["run"], named) & (computed_steps(state) > order)
         hit = would & may & score.isfinite()
         return hit, hit.all(), score, vectors
 
     operands = [site.controls, *site.seen.values(), *(site.state[name] for name in names)]
-    return Decision(*site.trace(run, operands))
+    return Decision(*site.trace("decide", run, operands))
+
+
+def computed_steps(state: State) -> Tensor:
+    """Computed steps so far, float32 ``[S]``. A policy that looks at nothing would not see NaN: after a step that gave
+    any there are none."""
+    return torch.where(state[FINITE] > 0, state["computed"], 0.0) if FINITE in state else state["computed"]

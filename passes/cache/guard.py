@@ -13,7 +13,9 @@ from ..base import PassContext, PassReport, Skip
 from ..rewrite import aten
 from .borders import MAIN, Border, borders, mark, remove_borders
 from .branches import branch
+from .cut import GUARD, Guard
 from .decide import decide
+from .lowering import choose
 from .options import CacheOptions
 from .policy import rule_of
 from .region import find_region
@@ -29,6 +31,8 @@ class GuardRegion:
     2. Where all samples reuse, the branch adds what is kept to the entries. Else the region runs for the whole batch,
        and samples that reuse all the same get what they would have got.
     3. State: what is kept, the policy's own, and :data:`.state.VECTORS`.
+
+    The graph holds the ``cond`` whatever the lowering; those that take it apart find in ``graph.meta[GUARD]`` where.
     """
 
     options: CacheOptions
@@ -49,10 +53,12 @@ class GuardRegion:
         if not region.nodes:
             remove_borders(graph)
             return PassReport(self.name, 1, skipped=(Skip("graph", "the region computes nothing of its own"),))
-        _build(Site(graph, ctx, self.options, region, entries, looked_at))
+        site = Site(graph, ctx, self.options, region, entries, looked_at)
+        guard, notes = choose(site, _build(site))
+        graph.meta[GUARD] = guard
         remove_borders(graph)
-        details = (f"{len(region.nodes)} operators in the region, {StateSpec(tuple(ctx.state)).bytes} bytes of state",)
-        return PassReport(self.name, 1, requested=True, details=details)
+        size = f"{len(region.nodes)} operators in the region, {StateSpec(tuple(ctx.state)).bytes} bytes of state"
+        return PassReport(self.name, 1, requested=True, details=(size, *notes))
 
 
 def _keep_gauges(graph: fx.GraphModule, ctx: PassContext) -> None:
@@ -64,7 +70,7 @@ def _keep_gauges(graph: fx.GraphModule, ctx: PassContext) -> None:
         mark(graph, node, Border("exit", False))
 
 
-def _build(site: Site) -> None:
+def _build(site: Site) -> Guard:
     """Decides, branches and settles behind the last node that any of it reads."""
     graph = site.graph.graph
     order = {node: i for i, node in enumerate(graph.nodes)}
@@ -74,11 +80,12 @@ def _build(site: Site) -> None:
         anchor = graph.call_function(aten.sym_size.int, (last, 0))  # only a place
     with graph.inserting_before(anchor):
         decided = decide(site)
-        outputs, kept = branch(site, decided)
-        new = settle(site, decided, outputs[0])
+        branches = branch(site, decided)
+        new = settle(site, decided, branches.exits[0])
     graph.erase_node(anchor)
-    for exit, output in zip(site.region.exits, outputs, strict=True):
+    for exit, output in zip(site.region.exits, branches.exits, strict=True):
         exit.replace_all_uses_with(output)
-    new |= dict(zip((name for name in site.state if name.startswith("kept.")), kept, strict=True))
+    new |= dict(zip((name for name in site.state if name.startswith("kept.")), branches.kept, strict=True))
     result = graph.output_node()
     result.args = ((*result.args[0], *(new[name] for name in site.state)),)  # type: ignore[misc]
+    return Guard("cond", decided, branches, site.samples if isinstance(site.samples, int) else 1)

@@ -11,6 +11,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 Policy = Literal["first-block", "teacache", "easycache", "magcache", "fixed"]
 
+Lowering = Literal["cond", "split", "schedule", "auto"]
+
 THRESHOLDS: Mapping[str, float] = MappingProxyType(
     {"first-block": 0.08, "teacache": 0.15, "easycache": 0.05, "magcache": 0.06}
 )
@@ -28,7 +30,7 @@ Numbers = Annotated[tuple[float, ...], BeforeValidator(_as_tuple)]
 class CacheOptions(BaseModel):
     """When the blocks of a model are skipped.
 
-    Every number but ``policy``, ``front``, ``back`` and ``order`` is an input of the program:
+    Every number but ``front``, ``back`` and ``order`` is an input of the program:
     ``ditc.session(cache={...})`` changes it for one generation without compiling anything.
     """
 
@@ -45,6 +47,11 @@ class CacheOptions(BaseModel):
     max_run: int = Field(0, ge=0, description="longest run of reused steps; 0 for any length")
     interval: int = Field(2, ge=2, description="policy 'fixed': every how many steps one is computed")
     order: int = Field(0, ge=0, le=2, description="order of the Taylor forecast that is reused; 0 reuses as it is")
+    lowering: Lowering = Field(
+        "auto",
+        description="who takes the branch: the graph ('cond'), the host between parts of it ('split'), the host alone "
+        "where no data has a part in it ('schedule'), or the best of what is possible",
+    )
     polynomial: Numbers = Field(
         (), description="policy 'teacache': coefficients, highest power first; else those of the plan's calibration"
     )

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from .decide import Decision
+from .decide import Decision, computed_steps
 from .policy import Seen
-from .state import Site
+from .state import FINITE, Site
 
 
 def settle(site: Site, decided: Decision, output: fx.Node) -> dict[str, fx.Node]:
@@ -23,19 +23,20 @@ def settle(site: Site, decided: Decision, output: fx.Node) -> dict[str, fx.Node]
         seen = Seen(site.batch, state["step"].to(torch.int64), output=output, **looked)
         new = rule.settle(seen, state, vectors, hit)
         reused = hit.float()
-        computed = state["computed"] + (1 - reused)
-        if not rule.needs:
-            # a policy that looks at nothing would not see NaN: what holds it does not count as computed
-            computed = torch.where(seen.finite(output), computed, 0.0)
-        return new | {
-            "step": state["step"] + 1,
-            "run": (state["run"] + 1) * reused,
-            "computed": computed,
-            "hit": reused,
-            "score": score.clone(),
-        }
+        finite = {FINITE: seen.finite(output).float()} if FINITE in state else {}
+        return (
+            new
+            | finite
+            | {
+                "step": state["step"] + 1,
+                "run": (state["run"] + 1) * reused,
+                "computed": computed_steps(state) + (1 - reused),
+                "hit": reused,
+                "score": score.clone(),
+            }
+        )
 
     operands = [decided.hit, decided.score, output, *site.seen.values()]
     operands += [*(site.state[name] for name in names), *decided.vectors.values()]
-    found: dict[str, fx.Node] = site.trace(run, operands)
+    found: dict[str, fx.Node] = site.trace("settle", run, operands)
     return found

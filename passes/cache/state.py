@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -24,8 +24,13 @@ VECTORS = ("step", "run", "computed", "hit", "score")
 """State of every guard, float32 ``[S]``: steps so far, reused ones in a row, computed ones; and of the last step
 whether it was reused, and the number by which the policy decided."""
 
-PLACE = {"ditc_cache": True}
-"""``meta`` of the nodes that a guard adds, besides their value."""
+FINITE = "finite"
+"""State of guards whose policy looks at nothing: whether the last step's result held neither NaN nor infinity."""
+
+PART = "ditc_cache"
+"""Key in the ``meta`` of a node that a guard added: the part of the guard that it belongs to."""
+
+Part = Literal["decide", "branch", "settle"]
 
 
 @dataclass
@@ -72,20 +77,27 @@ class Site:
     @property
     def remembered(self) -> list[str]:
         """The state that policies read and write: all but what is kept of the exits."""
-        return [*VECTORS, *self.rule.vectors, *self.rule.tensors]
+        return [*self.vectors, *self.rule.tensors]
+
+    @property
+    def vectors(self) -> list[str]:
+        """The state of one number a sample."""
+        return [*VECTORS, *([] if self.rule.needs else [FINITE]), *self.rule.vectors]
 
     def kept(self, i: int) -> list[fx.Node]:
         """What is kept of an exit: its value or residual, and its differences from step to step."""
         return [self.state[f"kept.{i}.{order}"] for order in range(self.options.order + 1)]
 
-    def trace(self, run: Callable[..., Any], operands: Sequence[fx.Node], graph: fx.Graph | None = None) -> Any:
+    def trace(
+        self, part: Part, run: Callable[..., Any], operands: Sequence[fx.Node], graph: fx.Graph | None = None
+    ) -> Any:
         """:func:`trace_here` in this guard's graph, or in that of a branch."""
         where = graph if graph is not None else self.graph.graph
-        return trace_here(where, fake_mode_of(self.graph), run, operands, PLACE)
+        return trace_here(where, fake_mode_of(self.graph), run, operands, {PART: part})
 
     def _declare(self) -> None:
         """One placeholder for each tensor of state, and one for the controls."""
-        for name in (*VECTORS, *self.rule.vectors):
+        for name in self.vectors:
             self._state(name, (self.samples,), torch.float32)
         for name, like in self.rule.tensors.items():
             value = (self.region.exits[0] if like == "output" else self.seen[like]).meta["val"]

@@ -277,7 +277,8 @@ def test_decisions_are_reported(model: nn.Module) -> None:
     assert {step.request for step in guard.steps} == {"mine"}
     for step, mine, right in zip(guard.steps, outputs, exact, strict=True):
         for i in range(2):
-            assert step.hits[i] == (not torch.equal(mine[i], right[i]))
+            # a sample that is computed alone may differ in the last bits
+            assert step.hits[i] == (not torch.allclose(mine[i], right[i], atol=1e-5))
             assert step.hits[i] == (step.step > 0 and step.scores[i] <= 0.45)
             assert (step.run[i] > 0) == step.hits[i]
     assert 0 < guard.hit_rate < 1 and any("steps" in w for w in guard.warnings)

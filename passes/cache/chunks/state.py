@@ -18,7 +18,7 @@ from ...trace import trace_here
 from ..borders import borders
 from ..region import Region
 from ..sizes import state_size
-from ..state import PLACE
+from ..state import PART
 from .decide import CHUNK_STATE, capacity
 from .grid import Grid
 from .options import ChunkOptions
@@ -92,7 +92,7 @@ class Chunked:
 
     def trace(self, run: Callable[..., Any], operands: Sequence[fx.Node], graph: fx.Graph | None = None) -> Any:
         """:func:`trace_here` in this region's graph, or in that of a branch."""
-        return trace_here(graph if graph is not None else self.graph.graph, self.mode, run, operands, PLACE)
+        return trace_here(graph if graph is not None else self.graph.graph, self.mode, run, operands, {PART: "chunks"})
 
     def _declare(self) -> None:
         """One placeholder for each tensor of state, and one for the controls."""
