@@ -15,6 +15,7 @@ from . import attention_cost as attention_cost_suite
 from . import attention_quality as attention_quality_suite
 from . import caches as cache_suite
 from . import formats as format_suite
+from . import guard_lowerings as lowerings
 from . import guard_overhead as guard
 from . import linear_cost as cost
 from . import step_latency as step
@@ -85,6 +86,20 @@ def guard_overhead(
     """What a call of a compiled model costs beside its kernels."""
     picked, kind = _setup(device, threads, clock)
     guard.run(picked, rounds=rounds, clock=kind, calls=calls, save=save)
+
+
+@app.command()
+def guard_lowerings(
+    rounds: Rounds = 15,
+    calls: Annotated[int, typer.Option(min=1, help="steps in a timed loop")] = 5,
+    device: Device = None,
+    threads: Threads = None,
+    clock: ClockName = None,
+    save: Save = True,
+) -> None:
+    """What a cache guard costs where it computes, and what is left where it reuses, for each lowering."""
+    picked, kind = _setup(device, threads, clock)
+    lowerings.run(picked, rounds=rounds, clock=kind, calls=calls, save=save)
 
 
 @app.command()
