@@ -125,7 +125,8 @@ class Controls:
     host: bool = False
 
     STEPS: ClassVar[str] = "steps"
-    LAST: ClassVar[str] = "last"
+    NEED_STEPS: ClassVar[frozenset[str]] = frozenset({"last", "tail", "share"})
+    """Controls that mean nothing, unless they are 0, where nobody said how many steps there are."""
 
     def __bool__(self) -> bool:
         return bool(self.names)
@@ -144,8 +145,9 @@ class Controls:
             if not 0 <= value < float("inf"):
                 raise ValueError(f"{name}={value!r}: a number from 0 up is wanted")
         found = dict(zip(self.names, self.defaults, strict=True)) | dict(overrides)
-        if found.get(self.LAST) and steps is None:
-            raise ValueError(last_unknown(f"last={found[self.LAST]:g}"))
+        for name in found:
+            if name in self.NEED_STEPS and found[name] and steps is None:
+                raise ValueError(last_unknown(f"{name}={found[name]:g}"))
         if self.STEPS in found:
             found[self.STEPS] = float(steps or 0)
         return (*found.values(), *self.table)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from ..rewrite import calls, new_call
+from .frames import Frames
 
 BORDER = "ditc_border"
 """Key in a border node's ``meta`` of its :class:`Border`."""
@@ -20,7 +21,7 @@ BORDER = "ditc_border"
 MAIN = "ditc_main"
 """Key in an entry's ``meta``: whether it is the stream with the main tokens."""
 
-Kind = Literal["source", "entry", "indicator", "exit"]
+Kind = Literal["source", "entry", "indicator", "place", "exit"]
 
 
 @dataclass(frozen=True)
@@ -29,17 +30,21 @@ class Border:
 
     Attributes:
         kind: ``entry`` and ``exit`` of the region; the ``source`` is what the front blocks start from, the
-            ``indicator`` what a policy looks at.
+            ``indicator`` what a policy looks at in front of the region, a ``place`` inside of it.
         batch: whether dimension 0 counts samples, so that each can have a decision of its own.
         base: of an exit: positions of the entries that it is a residual to, joined along ``dim``; empty where it is
             none.
         dim: see ``base``.
+        place: of what a policy looks at inside: the main stream behind so many blocks of the region; 0 is an entry.
+        frames: of a place, where it has any.
     """
 
     kind: Kind
     batch: bool = True
     base: tuple[int, ...] = ()
     dim: int = 0
+    place: int | None = None
+    frames: Frames | None = None
 
 
 @torch.library.custom_op("ditc::border", mutates_args=())

@@ -12,7 +12,9 @@ from torch import Tensor, fx
 from .borders import BORDER, Border
 from .decide import Decision
 from .forecast import differences, forecast
+from .policy import Seen
 from .state import PART, Site
+from .storage import Storage
 
 OWNED = "ditc_owned"
 """Key in the ``meta`` of a branch's result: the node, in the branch, whose values it holds in a vector of its own."""
@@ -27,7 +29,7 @@ class Branches:
 
     Attributes:
         cond: the call.
-        reuse, compute: the branches; each returns the exits' values, then what is kept of them.
+        reuse, compute: the branches; each returns the exits' values, then the state that :attr:`.Site.held` names.
         exits, kept: these results behind the ``cond``, in their shapes.
     """
 
@@ -48,8 +50,9 @@ def branch(site: Site, decided: Decision) -> Branches:
     """Adds the ``cond`` at the current insertion point."""
     graph = site.graph.graph
     exits = len(site.region.exits)
-    kept = [node for i in range(exits) for node in site.kept(i)]
+    kept = [site.state[name] for name in site.held]
     operands = list(dict.fromkeys([decided.hit, site.state["run"], *kept, *site.entries, *site.region.operands]))
+    operands += [node for node, _ in site.places if node not in {*operands, *site.region.nodes}]
     modules = {"reuse": _reuse(site, operands), "compute": _compute(site, operands, decided.hit)}
     names = []
     for kind, module in modules.items():
@@ -57,7 +60,7 @@ def branch(site: Site, decided: Decision) -> Branches:
         names.append(graph.get_attr(f"cache_{kind}"))
     cond = graph.call_function(torch.ops.higher_order.cond, (decided.everyone, *names, tuple(operands)))
     items = []
-    for i, like in enumerate([*(site.kept(i)[0] for i in range(exits)), *kept]):
+    for i, like in enumerate([*site.region.exits, *kept]):
         item = graph.call_function(operator.getitem, (cond, i))
         size = like.meta["val"].numel()
         with like.meta["val"].fake_mode:
@@ -72,20 +75,22 @@ def _reuse(site: Site, operands: list[fx.Node]) -> fx.GraphModule:
     """Adds what is kept to the entries; what is kept stays."""
     new = fx.Graph()
     inside = _placeholders(new, operands)
-    count = site.options.order + 1
     results: list[fx.Node] = []
     for i, exit in enumerate(site.region.exits):
         what: Border = exit.meta[BORDER]
 
-        def reuse(run: Tensor, *values: Tensor, dim: int = what.dim) -> Tensor:
-            kept, base = values[:count], values[count:]
+        stored, count = site.storage(i), len(site.kept(i))
+
+        def reuse(
+            run: Tensor, *values: Tensor, dim: int = what.dim, stored: Storage = stored, count: int = count
+        ) -> Tensor:
+            kept, base = stored.read(values[:count]), values[count:]
             again = forecast(kept, run + 1)
             return _joined(base, dim) + again if base else again
 
         nodes = [site.state["run"], *site.kept(i), *(site.entries[k] for k in what.base)]
         results.append(site.trace("branch", reuse, [inside[node] for node in nodes], new))
-    kept = [inside[node] for i in range(len(results)) for node in site.kept(i)]
-    return _finish(site, new, results, kept)
+    return _finish(site, new, results, [inside[site.state[name]] for name in site.held])
 
 
 def _compute(site: Site, operands: list[fx.Node], hit: fx.Node) -> fx.GraphModule:
@@ -96,33 +101,70 @@ def _compute(site: Site, operands: list[fx.Node], hit: fx.Node) -> fx.GraphModul
     for node in site.region.nodes:
         inside[node] = new.node_copy(node, inside.__getitem__)
         inside[node].meta = {**node.meta, PART: BODY}
-    count = site.options.order + 1
     results: list[fx.Node] = []
     kept: list[fx.Node] = []
     for i, exit in enumerate(site.region.exits):
         what: Border = exit.meta[BORDER]
         each = what.batch and site.samples != 1
 
+        stored, count = site.storage(i), len(site.kept(i))
+
         def compute(
-            z: Tensor, mask: Tensor, run: Tensor, *values: Tensor, dim: int = what.dim, each: bool = each
+            z: Tensor,
+            mask: Tensor,
+            run: Tensor,
+            *values: Tensor,
+            dim: int = what.dim,
+            each: bool = each,
+            stored: Storage = stored,
+            count: int = count,
         ) -> list[Tensor]:
-            old, base = values[:count], values[count:]
+            old, base = stored.read(values[:count]), values[count:]
             start = _joined(base, dim) if base else None
-            fresh = differences(z if start is None else z - start, old, run + 1)
+            fresh = stored.write(differences(z if start is None else z - start, old, run + 1))
             if not each:
                 return [z, *fresh]
-            mask = mask.reshape(-1, *[1] * (z.dim() - 1))
             again = forecast(old, run + 1)
             again = again if start is None else start + again
-            held = [torch.where(mask, before, now) for before, now in zip(old, fresh, strict=True)]
-            return [torch.where(mask, again, z), *held]
+            held = [_pick(mask, before, now) for before, now in zip(values[:count], fresh, strict=True)]
+            return [_pick(mask, again, z), *held]
 
         nodes = [hit, site.state["run"], *site.kept(i), *(site.entries[k] for k in what.base)]
         value = inside[exit.all_input_nodes[0]]
         output, *rest = site.trace("branch", compute, [value, *(outer[node] for node in nodes)], new)
         results.append(output)
         kept += rest
+    kept += _look(site, new, outer, [inside[node] for node, _ in site.places], hit)
     return _finish(site, new, results, kept)
+
+
+def _look(site: Site, new: fx.Graph, outer: dict[fx.Node, fx.Node], at: list[fx.Node], hit: fx.Node) -> list[fx.Node]:
+    """What a policy remembers of the values ``at`` its places, and the numbers that it measures there."""
+    half = site.inside
+    if half is None:
+        return []
+    places, count, each = len(at), len(site.looked), site.batch and site.samples != 1
+    frames = site.places[-1][1]
+
+    def look(mask: Tensor, run: Tensor, *values: Tensor) -> list[Tensor]:
+        before, numbers = values[places : places + count], values[places + count :]
+        now = half.looked(values[:places])
+        seen = Seen(site.batch, run)
+        found = half.measure(seen, now, before, run + 1, frames)
+        fresh = [*now, *(found[name] for name in half.numbers)]
+        return [_pick(mask, a, b) for a, b in zip((*before, *numbers), fresh, strict=True)] if each else fresh
+
+    nodes = [hit, site.state["run"]]
+    held = [*site.looked, *(site.state[name] for name in half.numbers)]
+    found: list[fx.Node] = site.trace(
+        "branch", look, [*(outer[node] for node in nodes), *at, *(outer[node] for node in held)], new
+    )
+    return found
+
+
+def _pick(hit: Tensor, old: Tensor, new: Tensor) -> Tensor:
+    """``old`` for samples that hit, ``new`` for the others."""
+    return torch.where(hit.reshape(-1, *[1] * (new.dim() - 1)), old, new)
 
 
 def _finish(site: Site, new: fx.Graph, results: list[fx.Node], kept: list[fx.Node]) -> fx.GraphModule:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from .policy import Seen, State, allowed
+from .ranks import agreed, group_name
 from .state import FINITE, Site
 
 
@@ -31,6 +32,7 @@ class Decision:
 def decide(site: Site) -> Decision:
     """Adds the decision at the current insertion point; one that rests on NaN is to compute."""
     kinds, names, rule, order = list(site.seen), site.remembered, site.rule, site.options.order
+    group = group_name(site.options.group) if site.options.group is not None else None
 
     def run(controls: Tensor, *operands: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         looked = dict(zip(kinds, operands, strict=False))
@@ -40,6 +42,8 @@ def decide(site: Site) -> Decision:
         would, score, vectors = rule.decide(Seen(site.batch, step, **looked), state, named, controls[len(named) :])
         may = allowed(step, state["run"], named) & (computed_steps(state) > order)
         hit = would & may & score.isfinite()
+        if group is not None:
+            hit = agreed(hit, group)
         return hit, hit.all(), score, vectors
 
     operands = [site.controls, *site.seen.values(), *(site.state[name] for name in names)]
@@ -47,6 +51,6 @@ def decide(site: Site) -> Decision:
 
 
 def computed_steps(state: State) -> Tensor:
-    """Computed steps so far, float32 ``[S]``. A policy that looks at nothing would not see NaN: after a step that gave
-    any there are none."""
-    return torch.where(state[FINITE] > 0, state["computed"], 0.0) if FINITE in state else state["computed"]
+    """Computed steps so far, float32 ``[S]``. Policies do not see NaN that arises inside of the region, and some look
+    at nothing: after a step that gave any, none counts."""
+    return torch.where(state[FINITE] > 0, state["computed"], 0.0)

@@ -14,8 +14,10 @@ from ..capture import INPUT
 from ..rewrite import aten, calls, facts_of
 from ..structure import Block, Role, Stream, Structure
 from .borders import MAIN, Border, mark
+from .frames import Frames, find_frames
+from .inside import Inside
 from .options import CacheOptions
-from .policy import rule_of
+from .rules import inside_of, rule_of
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class MarkBorders:
     2. What leaves the middle, streams and values that skip over to later blocks, becomes ``exit``; a stream that
        entered in the same shape, or joined of several that did, is kept as a residual to it.
     3. For policies that look at it, what the first block's first linear reads becomes ``indicator``.
-    4. A policy that skips the whole model has the latent as its entry and the model's output as its exit.
+    4. For policies that look inside, the main stream behind some of the blocks becomes a ``place``.
+    5. A policy that skips the whole model has the latent as its entry and the model's output as its exit.
     """
 
     options: CacheOptions
@@ -70,27 +73,27 @@ class MarkBorders:
             return self._nothing("the first block has no linear on the token path whose input could be looked at")
         if "source" in needs and (source is None or main is None or _sizes(source) != _sizes(main)):
             return self._nothing("the main stream changes its shape in the front blocks")
+        inside = inside_of(self.options)
+        looks = _places(structure, chain, front, len(body), nodes, inside) if inside is not None else {}
+        if inside is not None and not looks:
+            return self._nothing("no block of the region leaves the main stream in the shape that it came in")
         looked_at = [node for node in (source if "source" in needs else None, indicator) if node is not None]
+        looked_at += [node for node, _ in looks.values()]
         batch = all(map(_has_batch, [*(entry for entry, _ in entries), *exits, *looked_at]))
-        marked = 0
-        bases = {exit: _base(exits[exit], exit, entries) for exit in exits}
-        for exit in exits:
-            mark(graph, exit, Border("exit", batch, *bases[exit]))
-            marked += 1
+        residual = self.options.policy != "bwcache"  # which reuses outputs
+        bases = {exit: _base(exits[exit], exit, entries) if residual else ((), 0) for exit in exits}
+        wanted = [(exit, Border("exit", batch, *bases[exit])) for exit in exits]
         for entry, _ in entries:
-            border = mark(graph, entry, Border("entry", batch))
-            border.meta[MAIN] = entry is main
-            marked += 1
-        if indicator is not None:
-            mark(graph, indicator, Border("indicator", batch))
-            marked += 1
-        if "source" in needs:
-            assert source is not None
-            mark(graph, source, Border("source", batch))
-            marked += 1
+            wanted.append((entry, Border("entry", batch, place=0 if entry is main and 0 in looks else None)))
+        wanted += [(indicator, Border("indicator", batch))] if indicator is not None else []
+        wanted += [(source, Border("source", batch))] if source is not None and "source" in needs else []
+        wanted += [(at, Border("place", batch, place=i, frames=f)) for i, (at, f) in looks.items() if i]
+        for node, what in wanted:
+            mark(graph, node, what).meta[MAIN] = node is main and what.kind == "entry"
         where = f"blocks {front} to {len(chain) - back - 1} of {len(chain)}, {len(entries)} in, {len(exits)} out"
         each = "each sample decides" if batch else "one decision for all samples: dimension 0 is not the batch alone"
-        return PassReport(self.name, marked, requested=True, details=(where, each))
+        details = (where, each, *_looks(self.options, looks))
+        return PassReport(self.name, len(wanted), requested=True, details=details)
 
     def _whole(self, graph: fx.GraphModule, structure: Structure) -> PassReport:
         outputs = [n for n in graph.graph.output_node().args[0] if isinstance(n, fx.Node)]  # type: ignore[union-attr]
@@ -160,6 +163,37 @@ def _leaving(chain: Sequence[_Link], body: Sequence[_Link], nodes: dict[str, fx.
         if crosses and node not in found and isinstance(node.meta.get("val"), torch.Tensor):
             found[node] = None
     return found
+
+
+Places = dict[int, tuple[fx.Node, Frames | None]]
+
+
+def _places(
+    structure: Structure, chain: Sequence[_Link], front: int, count: int, nodes: dict[str, fx.Node], inside: Inside
+) -> Places:
+    """Where a policy looks at the main stream, 0 in front of the ``count`` blocks of the region and i behind the i-th;
+    nowhere, where the stream cannot be followed."""
+    found: list[tuple[fx.Node, Frames | None]] = []
+    for position in range(front, front + count + 1):
+        streams = _streams_of(chain[max(position - 1, 0)], _entering(chain, position, nodes))
+        node = _main(structure, streams)
+        if node is None:
+            return {}
+        found.append((node, find_frames(structure, node, dict(streams)[node])))
+    return {place: found[place] for place in inside.places([_sizes(node) for node, _ in found])}
+
+
+def _looks(options: CacheOptions, places: Places) -> tuple[str, ...]:
+    """What a policy sees inside, in words."""
+    if options.policy != "adacache":
+        return (f"the outputs of {len(places)} blocks are compared",) if places else ()
+    last = max(places)
+    frames = places[last][1]
+    moves = f"motion over {frames.count} frames" if frames is not None else "no motion: no frames are known"
+    return (
+        f"the residual of block {options.front_blocks + last - 1} is compared",
+        moves if options.motion else "no motion",
+    )
 
 
 def _base(stream: Stream | None, exit: fx.Node, entries: Entering) -> tuple[tuple[int, ...], int]:

@@ -15,8 +15,6 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from .options import CacheOptions
-
 State = dict[str, Tensor]
 Controls = Mapping[str, Tensor]
 
@@ -168,18 +166,6 @@ class Fixed:
 
     def settle(self, seen: Seen, state: State, decided: State, hit: Tensor) -> State:
         return {}
-
-
-RULES: Mapping[str, Rule] = {
-    "first-block": FirstBlock(), "teacache": TeaCache(), "magcache": MagCache(), "easycache": EasyCache(),
-    "fixed": Fixed(),
-}  # fmt: skip
-"""Every policy by its name in a plan."""
-
-
-def rule_of(options: CacheOptions) -> Rule:
-    """The policy of a plan."""
-    return RULES[options.policy]
 
 
 def allowed(step: Tensor, run: Tensor, controls: Controls) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import ditc
 from ditc.passes.backend import UntouchedWarning
 from ditc.passes.cache.forecast import differences, forecast
-from ditc.passes.cache.policy import RULES
+from ditc.passes.cache.rules import RULES
 from ditc.passes.errors import PlanError
 from ditc.passes.plan import Plan
 
@@ -27,6 +27,7 @@ EVERY: Mapping[str, Options] = {
     "teacache, polynomial": {"policy": "teacache", "polynomial": [2.0, 0.5, 0.0]},
     "easycache": {"policy": "easycache"},
     "magcache": {"policy": "magcache", "ratios": [1.0] * STEPS},
+    "bwcache": {"policy": "bwcache", "max_run": STEPS, "last": 0},
 }
 
 
@@ -159,6 +160,29 @@ def test_nan_is_computed_and_forgotten(model: nn.Module, cache: Options) -> None
     assert [bool(o.isnan().any()) for o in outputs[:4]] == [False, False, False, True]
     # what NaN left behind is never reused: the step after it is computed
     assert torch.equal(outputs[4], draw(model, inputs)[4]) and not outputs[-1].isnan().any()
+
+
+@pytest.mark.parametrize(
+    "cache",
+    [
+        {"policy": "first-block", "threshold": 1e9, "order": 1},
+        {"policy": "easycache", "threshold": 1e9},
+        {"policy": "fixed", "interval": 50, "storage": "int8"},
+    ],
+)
+def test_nan_that_arises_inside_is_forgotten(model: nn.Module, cache: Options) -> None:
+    """What policies look at in front of the region is finite all the time."""
+    guarded, inputs = compiled(model, cache), latents()
+    with torch.no_grad(), ditc.session(steps=STEPS):
+        outputs = []
+        for i, x in enumerate(inputs):
+            bias: Any = model.get_parameter("blocks.2.down.bias")
+            kept = bias[0].item()
+            bias[0] = float("nan") if i == 0 else kept
+            outputs.append(guarded(x, torch.tensor([900.0 - 100 * i])))
+            bias[0] = kept
+    assert outputs[0].isnan().any() and not any(o.isnan().any() for o in outputs[1:])
+    assert torch.equal(outputs[1], draw(model, inputs)[1])
 
 
 def test_an_exception_leaves_the_state_of_before(model: nn.Module) -> None:
@@ -301,4 +325,4 @@ def test_a_graph_without_blocks_runs_as_it_is() -> None:
 
 
 def test_every_policy_is_tested() -> None:
-    assert {str(o["policy"]) for o in EVERY.values()} | {"fixed"} == set(RULES)
+    assert {str(o["policy"]) for o in EVERY.values()} | {"fixed"} | {"adacache"} == set(RULES)

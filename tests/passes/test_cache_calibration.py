@@ -121,15 +121,15 @@ def test_precise_steps_read_them_too(make_dit: Any, calibrated: Any) -> None:
 
 
 def test_refusals(make_dit: Any, calibrated: Any) -> None:
-    calibration, path = calibrated(make_dit(depth=3))
-    with pytest.raises(PlanError, match="needs ratios.*calibration='file"):
+    _, path = calibrated(make_dit(depth=3))
+    with pytest.raises(PlanError, match=r"needs ratios.*calibration='file"):
         Plan(cache={"policy": "magcache"})
     with pytest.raises(PlanError, match="all blocks together"):
         Plan(cache={"policy": "magcache", "front": 1}, calibration=str(path))
     torch._dynamo.reset()
     short = ditc.calibrate(make_dit(depth=3), lambda m: trajectory(m, latents()[:1]), formats=["int8"])
     assert short.cache is None
-    with pytest.raises(ditc.CalibrationError, match="no polynomial.*fewer than five"):
+    with pytest.raises(ditc.CalibrationError, match=r"no polynomial.*fewer than five"):
         with_calibration(CacheOptions(policy="teacache"), short)
     with pytest.raises(ditc.CalibrationError, match="no ratios"):
         with_calibration(CacheOptions(policy="magcache"), short)
