@@ -111,14 +111,18 @@ class TeaCache:
 
 class MagCache:
     """MagCache (2506.09045): the calibrated ratio of residuals' magnitudes of each step (the table), multiplied since
-    the last computed step, tells how far reuse is off."""
+    the last computed step, tells how far reuse is off. Where somebody said how many steps there are, and the table is
+    of another number, each step has the ratio of the nearest part of the generation, as in the paper."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
     vectors: ClassVar[tuple[str, ...]] = ("ratio", "error")
     tensors: ClassVar[Mapping[str, str]] = {}
 
     def decide(self, seen: Seen, state: State, controls: Controls, table: Tensor) -> tuple[Tensor, Tensor, State]:
-        ratio = state["ratio"] * table[seen.step.clamp(max=table.shape[0] - 1)]
+        last = table.shape[0] - 1
+        near = (seen.step * last / (controls["steps"] - 1).clamp(min=1)).round().to(torch.int64)
+        place = torch.where(controls["steps"] > 1, near, seen.step).clamp(max=last)
+        ratio = state["ratio"] * table[place]
         error = state["error"] + (1 - ratio).abs()
         return error <= controls["threshold"], error, {"ratio": ratio, "error": error}
 

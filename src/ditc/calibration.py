@@ -38,7 +38,7 @@ def calibrate(
 
     Of the blocks, TeaCache's polynomial and MagCache's ratios are fitted (:attr:`Calibration.cache`), which a plan's
     ``cache`` takes from the file that its ``calibration`` names. The polynomial takes several generations, or one of
-    many steps; ratios hold for generations of as many steps.
+    many steps; in generations of another number of steps, each has the ratio of the nearest part.
 
     The model runs in evaluation mode, without gradients and unquantised; it is left as it was. Steps are told apart as
     :func:`ditc.session` has them: by session and branch, or else by the timestep.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import ditc
 from ditc.passes.cache.calibrated import with_calibration
 from ditc.passes.cache.options import CacheOptions
+from ditc.passes.cache.policy import MagCache, Seen
 from ditc.passes.errors import PlanError
 from ditc.passes.plan import Plan
 
@@ -135,3 +136,16 @@ def test_refusals(make_dit: Any, calibrated: Any) -> None:
         with_calibration(CacheOptions(policy="magcache"), short)
     mine = CacheOptions(policy="teacache", polynomial=(1.0, 0.0))
     assert with_calibration(mine, short) is mine
+
+
+@pytest.mark.parametrize(
+    ("steps", "seen"), [(0, [1, 2, 3, 4, 4, 4]), (5, [1, 2, 3, 4]), (3, [2, 4]), (9, [0, 1, 2, 2])]
+)
+def test_ratios_of_another_number_of_steps_are_the_nearest(steps: int, seen: list[int]) -> None:
+    table = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
+    controls = {"steps": torch.tensor(float(steps)), "threshold": torch.tensor(0.0)}
+    state = {"ratio": torch.ones(1), "error": torch.zeros(1)}
+    found = [
+        MagCache().decide(Seen(True, torch.tensor([i])), state, controls, table)[2] for i in range(1, 1 + len(seen))
+    ]
+    assert [float(vectors["ratio"]) for vectors in found] == [float(table[i]) for i in seen]
