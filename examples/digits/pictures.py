@@ -16,6 +16,8 @@ _MARGIN = 14
 _GAP = 3
 _GROUP_GAP = 22
 _LABEL = 16
+_TINT = (235, 110, 40)
+_TINTED = 110
 
 
 def contact_sheet(
@@ -88,6 +90,52 @@ def animate(groups: Mapping[str, Tensor], columns: Sequence[str], *, scale: int 
                 picture.paste(image, (gutter + column * (width + _GAP), upper))
         pictures.append(picture)
     return pictures
+
+
+def overlay_chunks(clip: Tensor, maps: Mapping[str, Tensor], *, frames: Sequence[int], scale: int = 4) -> Image.Image:
+    """A clip with the chunks that were computed in a tint: one row for each map, one column for each frame.
+
+    Args:
+        clip: (1, F, H, W) in [-1, 1].
+        maps: label, such as a step, -> bool (frames, height, width) in chunks, which divide the clip's axes.
+        frames: indices of the frames to show.
+        scale: enlargement, in pixels for a pixel.
+    """
+    if not maps or clip.ndim != 4 or clip.shape[0] != 1:
+        raise ValueError(f"one clip (1, F, H, W) and at least one map are wanted; got {tuple(clip.shape)}, {len(maps)}")
+    if not frames or max(frames) >= clip.shape[1] or min(frames) < 0:
+        raise ValueError(f"frames must be indices below {clip.shape[1]}, at least one; got {list(frames)}")
+    height, width = (scale * n for n in clip.shape[-2:])
+    font = ImageFont.load_default(_LABEL)
+    gutter = _MARGIN + max(int(font.getlength(label)) for label in maps) + 10
+    size = (
+        gutter + len(frames) * (width + _GAP) - _GAP + _MARGIN,
+        2 * _MARGIN + len(maps) * (height + _GAP) - _GAP,
+    )
+    sheet = Image.new("RGB", size, _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    pixels = enlarge(clip[None], scale)[0]
+    for row, (label, chunks) in enumerate(maps.items()):
+        top = _MARGIN + row * (height + _GAP)
+        draw.text((gutter - 10, top + height // 2), label, _INK, font, anchor="rm")
+        tinted = spread_chunks(chunks, clip.shape[1:])
+        for column, frame in enumerate(frames):
+            grey = Image.fromarray(pixels[frame].numpy()).convert("RGB")
+            mask = Image.fromarray((tinted[frame].to(torch.uint8) * _TINTED).numpy()).resize(
+                grey.size, Image.Resampling.NEAREST
+            )
+            grey.paste(Image.new("RGB", grey.size, _TINT), mask=mask)
+            sheet.paste(grey, (gutter + column * (width + _GAP), top))
+    return sheet
+
+
+def spread_chunks(chunks: Tensor, sizes: Sequence[int]) -> Tensor:
+    """A map of chunks (f, h, w), bool, as one of pixels (F, H, W)."""
+    if chunks.ndim != 3 or any(size % part for size, part in zip(sizes, chunks.shape, strict=True)):
+        raise ValueError(f"chunks (f, h, w) must divide a clip's {tuple(sizes)}; got {tuple(chunks.shape)}")
+    for dim, size in enumerate(sizes):
+        chunks = chunks.repeat_interleave(size // chunks.shape[dim], dim)
+    return chunks
 
 
 def save_animation(pictures: Sequence[Image.Image], path: Path, *, milliseconds: int = 130) -> None:

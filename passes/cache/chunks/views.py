@@ -24,7 +24,8 @@ def _source(node: fx.Node, known: Known) -> tuple[Rows, tuple[int, ...]]:
     return rows, sizes_of(source)
 
 
-def _reshape(node: fx.Node, known: Known) -> Step:
+def _placed(node: fx.Node, known: Known) -> Rows:
+    """The rows of a value that was given other sizes."""
     rows, sizes = _source(node, known)
     new = sizes_of(node)
 
@@ -35,9 +36,17 @@ def _reshape(node: fx.Node, known: Known) -> Step:
                 return i
         raise TokensMixed(node, "it merges tokens with another dimension, or splits them")
 
-    found = rows.moved(place)
+    return rows.moved(place)
+
+
+def _reshape(node: fx.Node, known: Known) -> Step:
+    found = _placed(node, known)
     written = list(argument(node, 1, "shape", argument(node, 1, "size")))
     return Step(found, args={1: lambda count: _with(written, found.dim, found.count(count))})
+
+
+def _regroup(node: fx.Node, known: Known) -> Step:
+    return Step(_placed(node, known))
 
 
 def _with(sizes: Sequence[Any], at: int, size: int) -> list[Any]:
@@ -233,6 +242,7 @@ def _all_of(names: str, rule: Rule) -> dict[Any, Rule]:
 VIEWS: Mapping[Any, Rule] = MappingProxyType(
     {
         **_all_of("reshape view _unsafe_view", _reshape),
+        **_all_of("flatten unflatten", _regroup),
         **_all_of("permute", _permute),
         **_all_of("transpose t swapaxes", _transpose),
         **_all_of("unsqueeze", _unsqueeze),
