@@ -67,7 +67,7 @@ class Entrant:
 
 def entrants() -> list[Entrant]:
     """The teacher, from most steps to fewest, and the students that come with the demo."""
-    teacher = [Entrant(f"teacher, {n} steps", WEIGHTS, 2 * n, n) for n in TEACHER_STEPS]
+    teacher = [Entrant(f"teacher, {_many(n)}", WEIGHTS, 2 * n, n) for n in TEACHER_STEPS]
     folders = [(folder, load_student(folder).sampler.steps) for folder in shipped()]
     return teacher + [Entrant(f"{folder.name}, {_many(steps)}", folder, steps) for folder, steps in folders]
 
