@@ -8,7 +8,14 @@ op of its own for CPUs with AVX512-VNNI, from float operands.
 from . import cuda as _cuda  # registers the CUDA implementation  # noqa: F401
 from .build import attention_reason
 from .int8 import MAX_HEAD, TOLERANCE, attention_int8, attention_int8_reference
-from .quantized import Operands, attend, attention_quantized, attention_quantized_reference, quantize_operands
+from .quantized import (
+    Operands,
+    attend,
+    attention_quantized,
+    attention_quantized_reference,
+    quantize_operands,
+    quantize_values,
+)
 from .recipe import KEYS, QUERIES, RECIPES, VALUE_BLOCK, Recipe, Tolerance, recipe_of
 from .sparse import attention_blocks
 from .visible import SPARSE_BLOCK, check_visible, hidden
@@ -34,5 +41,6 @@ __all__ = [
     "check_visible",
     "hidden",
     "quantize_operands",
+    "quantize_values",
     "recipe_of",
 ]

@@ -62,8 +62,13 @@ def quantize_operands(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe) -> Operan
         means = block_means(wide_q)
         wide_q = wide_q - repeat_blocks(means, q.shape[-2])
         bias = means @ heads_of(wide_k, q.shape[1]).mT
-    values = _half(v) if recipe.pv == "fp16" else _quantize(v.mT, recipe.pv)
+    values = quantize_values(v, recipe)
     return Operands(_quantize(wide_q, recipe.qk), _quantize(wide_k, recipe.qk), values, bias)
+
+
+def quantize_values(v: Tensor, recipe: Recipe) -> list[Tensor]:
+    """The values' part of :func:`quantize_operands`."""
+    return _half(v) if recipe.pv == "fp16" else _quantize(v.mT, recipe.pv)
 
 
 def block_means(q: Tensor) -> Tensor:

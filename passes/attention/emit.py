@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ditc.kernels.attention import attention_blocks, quantize_operands, recipe_of
+from ditc.kernels import smooth as _smooth  # registers the ops  # noqa: F401
+from ditc.kernels.attention import attention_blocks, quantize_operands, quantize_values, recipe_of
 
 from ..quantize.tables import CPU_INT8
+from .tokens import Tokens
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,27 @@ def _compute(
         o = quantize_operands(q, k, v, recipe_of(call.recipe))
         y = torch.ops.ditc.attention_quantized(o.q, o.k, o.v, call.recipe, call.scale, q.dtype, o.bias, *seen)
     return y
+
+
+def attention_of(
+    call: Call, query: Tokens, key: Tokens, dtype: torch.dtype
+) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """As :func:`attention` for NVFP4, on what queries and keys are made of.
+
+    The function takes the values of ``query.nodes()``, of ``key.nodes()``, values ``[..., G, Lk, D]`` and perhaps a
+    mask. Its result is ``[B, H, Lq, D]`` in ``dtype``.
+    """
+
+    def run(*tensors: Tensor) -> tuple[Tensor, Tensor | None]:
+        rest = iter(tensors)
+        *q, means = torch.ops.ditc.smooth_queries(*query.arguments(rest))
+        *k, bias = torch.ops.ditc.smooth_keys(*key.arguments(rest), means)
+        v = quantize_values(next(rest), recipe_of(call.recipe))
+        seen = next(rest, None), call.causal, None, call.window
+        y: Tensor = torch.ops.ditc.attention_quantized(q, k, v, call.recipe, call.scale, dtype, bias, *seen)
+        return y, None
+
+    return run
 
 
 def four(x: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ class SinkTransposes:
 def _chain(end: fx.Node) -> list[fx.Node]:
     """The calls from transposes to ``end``, in program order; empty where there is none between, or one does not
     turn."""
-    if _is_transpose(end):
+    if is_transpose(end):
         return []
     found: dict[fx.Node, None] = {}
     pending, grounded = [end], False
@@ -64,7 +64,7 @@ def _chain(end: fx.Node) -> list[fx.Node]:
         if node.op != "call_function" or (node.target not in _TURNS and not _pointwise(node)) or len(found) > _LONGEST:
             return []
         found[node] = None
-        if _is_transpose(node):
+        if is_transpose(node):
             grounded = True
             continue
         if not _can_turn(node):
@@ -88,7 +88,7 @@ def _is_one(size: Any) -> bool:
     return isinstance(size, int) and size == 1
 
 
-def _is_transpose(node: fx.Node) -> bool:
+def is_transpose(node: fx.Node) -> bool:
     """Whether a node exchanges dimensions 1 and 2 of a tensor with four."""
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor) or value.dim() != 4:
@@ -101,17 +101,17 @@ def _is_transpose(node: fx.Node) -> bool:
 def _pointwise(node: fx.Node) -> bool:
     """Whether a call works element by element on tensors that broadcast."""
     target = node.target
-    return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags and _rank(node) >= 4
+    return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags and rank_of(node) >= 4
 
 
-def _rank(node: fx.Node) -> int:
+def rank_of(node: fx.Node) -> int:
     value = node.meta["val"]
     value = value[0] if isinstance(value, (list, tuple)) else value
     return int(value.dim()) if isinstance(value, torch.Tensor) else 0
 
 
 @dataclass(frozen=True)
-class _Dims:
+class Dims:
     """Which argument names dimensions, and whether heads and tokens may be among them."""
 
     position: int
@@ -124,7 +124,7 @@ class _Dims:
         source = source[0] if isinstance(source, (list, tuple)) else source
         assert isinstance(source, fx.Node)
         # a dimension may be new, or go: the larger rank counts it
-        rank = max(_rank(node), _rank(source))
+        rank = max(rank_of(node), rank_of(source))
         dims = node.args[self.position] if len(node.args) > self.position else self.default
         return [dim % rank for dim in dims] if isinstance(dims, (list, tuple)) else dims % rank  # type: ignore
 
@@ -161,24 +161,24 @@ def _keeps_front(node: fx.Node) -> bool:
 
 
 _TURNS: dict[Any, Callable[[fx.Node], bool]] = {
-    aten.transpose.int: _is_transpose,
-    aten.permute.default: _is_transpose,
+    aten.transpose.int: is_transpose,
+    aten.permute.default: is_transpose,
     aten.rms_norm.default: _last_only,
     aten.layer_norm.default: _last_only,
-    aten.mean.dim: _Dims(1),
-    aten.sum.dim_IntList: _Dims(1),
-    aten.slice.Tensor: _Dims(1, 0, any=True),
-    aten.select.int: _Dims(1),
-    aten.unbind.int: _Dims(1, 0),
-    aten.chunk.default: _Dims(2, 0, any=True),
-    aten.split.Tensor: _Dims(2, 0, any=True),
-    aten.split_with_sizes.default: _Dims(2, 0, any=True),
-    aten.cat.default: _Dims(1, 0, any=True),
-    aten.slice_scatter.default: _Dims(2, 0, any=True),
-    aten.stack.default: _Dims(1, 0),
-    aten.unsqueeze.default: _Dims(1),
-    aten.flatten.using_ints: _Dims(1, 0),
-    aten.unflatten.int: _Dims(1),
+    aten.mean.dim: Dims(1),
+    aten.sum.dim_IntList: Dims(1),
+    aten.slice.Tensor: Dims(1, 0, any=True),
+    aten.select.int: Dims(1),
+    aten.unbind.int: Dims(1, 0),
+    aten.chunk.default: Dims(2, 0, any=True),
+    aten.split.Tensor: Dims(2, 0, any=True),
+    aten.split_with_sizes.default: Dims(2, 0, any=True),
+    aten.cat.default: Dims(1, 0, any=True),
+    aten.slice_scatter.default: Dims(2, 0, any=True),
+    aten.stack.default: Dims(1, 0),
+    aten.unsqueeze.default: Dims(1),
+    aten.flatten.using_ints: Dims(1, 0),
+    aten.unflatten.int: Dims(1),
     aten.reshape.default: _keeps_front,
     aten.to.dtype: _always,
     aten.clone.default: _always,
@@ -199,16 +199,16 @@ def _turn(graph: fx.GraphModule, end: fx.Node, chain: list[fx.Node]) -> None:
     turned: dict[fx.Node, fx.Node] = {}
     with graph.graph.inserting_before(end):
         for node in chain:
-            if _is_transpose(node):
+            if is_transpose(node):
                 assert isinstance(node.args[0], fx.Node)
                 turned[node] = node.args[0]
                 continue
             args, check = node.args, _TURNS.get(node.target)
-            if isinstance(check, _Dims):
+            if isinstance(check, Dims):
                 args = check.exchanged(node)
             elif node.target is aten.reshape.default:
                 args = (args[0], _exchanged(args[1]))
-            rank = _rank(node)
+            rank = rank_of(node)
 
             def other(operand: fx.Node, rank: int = rank) -> fx.Node:
                 return turned[operand] if operand in turned else _table(graph, operand, rank)

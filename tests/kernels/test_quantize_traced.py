@@ -21,6 +21,11 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from ditc.kernels import quantize as room
 from ditc.kernels.attention import RECIPES, quantize_operands
 from ditc.kernels.quantize.lowering import _decompositions, traced
+from ditc.passes.attention.use import UseAttention
+from ditc.passes.capture import capture_export
+from ditc.passes.pipeline import rewrite
+from ditc.passes.plan import Plan
+from ditc.passes.quantize.tables import DeviceKind
 
 OPS = torch.ops.ditc
 BOTH = frozenset({"int8", "fp8"})
@@ -63,6 +68,7 @@ class _Hopper:
     """What inductor asks a device for."""
 
     name, major, minor = "", 9, 0
+    gcnArchName = ""  # noqa: N815
     multi_processor_count, warp_size, total_memory = 132, 32, 80 << 30
     regs_per_multiprocessor, max_threads_per_multi_processor = 65536, 2048
 
@@ -214,6 +220,42 @@ def test_attention_reads_what_seven_cuda_kernels_wrote(
         called = launches(codegen(site(recipe, heads_first), *site_inputs))
         assert called[-1] == "torch.ops.ditc.attention_quantized" and len(called) <= 8 + heads_first
         assert all(name.startswith("triton_") for name in called[:-1])
+
+
+class Model(torch.nn.Module):
+    """Projections in one product, norms, RoPE, attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = torch.nn.Linear(256, 768, dtype=torch.bfloat16)
+
+    def forward(self, x: Tensor, w: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (4, 64)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        q, k = (rotated(F.rms_norm(part, (64,), w, 1e-6), cos, sin) for part in (q, k))
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+def test_nvfp4_reads_projections_in_its_own_kernels(codegen: Codegen, site_inputs: list[Tensor]) -> None:
+    """Norm, RoPE, smoothing and codes of Q: one kernel; of K: two, and the product with Q's means is in the second.
+
+    Beside that the tables take one, once for all attentions, and values one. Without these ops Q, K and the product
+    took nine.
+    """
+    x, _, _, *rest = site_inputs
+    capture = capture_export(Model(), (x, *rest))
+    done = rewrite(capture, Plan(attention="nvfp4"), (UseAttention(kind=DeviceKind("cuda", "B200", (10, 0))),))
+    (product,) = done.graph.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
+    with done.graph.graph.inserting_before(next(iter(done.graph.graph.nodes))):
+        product.replace_all_uses_with(done.graph.graph.placeholder("projected"))
+    done.graph.graph.erase_node(product)
+    done.graph.recompile()
+    projected = torch.zeros(2, 256, 768, dtype=torch.bfloat16)
+    called = launches(codegen(lambda *inputs: done.graph(*inputs)[0], projected, *capture.examples))
+    ops = [f"torch.ops.ditc.{name}" for name in ("smooth_queries", "smooth_keys", "quantize_kernel")]
+    assert sorted(called[:-1]) == sorted(["triton_poi_fused_0", *ops])
+    assert called[-1] == "torch.ops.ditc.attention_quantized"
+    before = launches(codegen(site("nvfp4", False), *site_inputs))
+    assert before.count(ops[2]) == 3 and before.count("extern_kernels.bmm") == 1 and len(before) == 11, before
 
 
 def test_norm_rope_and_int8_are_one_cpu_kernel(site_inputs: list[Tensor]) -> None:
