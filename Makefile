@@ -53,8 +53,6 @@ students: $(BIN)/.ready
 	$(BIN)/ditc distill method=dmd2 model=digits steps=2 method.guidance=1.5 run.batch=8 run.updates=1000 out=out/dmd2-two
 	$(BIN)/ditc distill method=perflow model=digits steps=4 method.starts=teacher method.times=start method.shift=2.5 \
 		method.parts=2 run.batch=3 run.updates=800 run.learning_rate=5e-4 run.decay=0.5 run.ema=0.99 out=out/perflow
-	$(BIN)/ditc distill method=perflow model=digits steps=4 method.starts=teacher method.times=start method.shift=2.5 \
-		method.parts=2 run.batch=3 run.updates=800 run.learning_rate=5e-4 run.decay=0.5 run.ema=0.99 out=out/perflow
 
 # with whatever torch and triton the machine's own python has: nothing is installed but ditc itself
 gpu:
