@@ -144,17 +144,19 @@ def attention_quality(
 
 @app.command()
 def caches(
-    clips: Annotated[int, typer.Option(min=2, help="clips drawn with each setting; the first is not timed")] = 40,
+    clips: Annotated[int, typer.Option(min=2, help="clips drawn with each setting; the first is not timed")] = 20,
     steps: Annotated[int, typer.Option(min=4, help="of a generation")] = 50,
     only: Annotated[list[str] | None, typer.Option(help="part of an entrant's name; may be repeated")] = None,
     quantize: Annotated[str | None, typer.Option(help="format of ditc's linears below the caches")] = None,
+    attention_: Annotated[str | None, typer.Option("--attention", help="and of its attention")] = None,
     threads: Threads = None,
     clock: ClockName = None,
     save: Save = True,
 ) -> None:
     """Skipping on the demo's model: every policy beside the caches of diffusers and cache-dit."""
     _, kind = _setup("cpu", threads, clock)
-    more = {"quantize": quantize} if quantize is not None else {}
+    options = {"quantize": quantize, "attention": attention_}
+    more = {name: value for name, value in options.items() if value is not None}
     cache_suite.run(clips=clips, steps=steps, clock=kind, more=more, only=only or [], save=save)
 
 

@@ -7,7 +7,7 @@ is faster: a cache that changes modules while they run makes torch.compile start
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,46 +50,46 @@ class Entrant:
     plan: Mapping[str, Any] = field(default_factory=dict)
 
 
-def baselines() -> list[Entrant]:
+def baselines(more: Mapping[str, Any]) -> list[Entrant]:
     """Without any cache: what speed-ups are measured against."""
 
     def inductor(model: nn.Module, setting: Setting, steps: int) -> Run:
         return Run(denoiser_of(torch.compile(model)))  # type: ignore[arg-type]
 
-    return [Entrant("inductor, no cache", True, {"": {}}, inductor), _ditc("ditc, no cache", {}, {"": {}})]
+    return [Entrant("inductor, no cache", True, {"": {}}, inductor), _ditc("ditc, no cache", more, {"": {}})]
 
 
-def ours(steps: int, more: Mapping[str, Any], ratios: Sequence[float], polynomial: Sequence[float]) -> list[Entrant]:
+def ours(calibration: str, more: Mapping[str, Any]) -> list[Entrant]:
     """ditc's policies, each at the thresholds that span its curve.
 
     Args:
-        steps: of a generation.
+        calibration: file with MagCache's ratios and TeaCache's polynomial for this model.
         more: further options of the plan, such as ``quantize``.
-        ratios, polynomial: of MagCache and TeaCache, as calibrated.
     """
 
     def thresholds(*values: float) -> dict[str, Setting]:
         return {f"{value:g}": {"threshold": value} for value in values}
 
-    def intervals(*values: int) -> dict[str, Setting]:
-        return {f"every {value}": {"interval": value} for value in values}
-
-    policies: list[tuple[str, dict[str, Any], dict[str, Setting]]] = [
-        ("first-block", {"policy": "first-block"}, thresholds(0.04, 0.07, 0.1, 0.15, 0.22, 0.3)),
-        ("first-block, Taylor 1", {"policy": "first-block", "order": 1}, thresholds(0.04, 0.07, 0.1, 0.15, 0.22, 0.3)),
-        ("teacache", {"policy": "teacache"}, thresholds(0.05, 0.1, 0.2, 0.3, 0.5)),
-        ("easycache", {"policy": "easycache", "warmup": 5}, thresholds(0.02, 0.05, 0.1, 0.2, 0.4)),
-        ("fixed", {"policy": "fixed", "warmup": 3}, intervals(2, 3, 4, 6)),
-        ("fixed, Taylor 1", {"policy": "fixed", "warmup": 3, "order": 1}, intervals(2, 3, 4, 6)),
-        ("fixed, Taylor 2", {"policy": "fixed", "warmup": 3, "order": 2}, intervals(2, 3, 4, 6)),
+    intervals = {f"every {value}": {"interval": value} for value in (2, 3, 4, 6, 8)}
+    paper = {"its paper's": {}}
+    first, fixed = {"policy": "first-block"}, {"policy": "fixed", "warmup": 3}
+    fitted, raw = {"policy": "teacache"}, {"policy": "teacache", "polynomial": (1.0, 0.0)}
+    policies: list[tuple[str, dict[str, Any], Mapping[str, Setting]]] = [
+        ("first-block", first, thresholds(0.05, 0.1, 0.2, 0.3)),
+        ("first-block, Taylor 1", {**first, "order": 1}, thresholds(0.05, 0.1, 0.2)),
+        ("teacache", raw, thresholds(0.05, 0.1, 0.2, 0.3, 0.5)),
+        ("teacache, fitted", fitted, thresholds(0.02, 0.05, 0.1, 0.2, 0.3)),
+        ("magcache", {"policy": "magcache", "warmup": 10}, thresholds(0.01, 0.03, 0.06, 0.12, 0.3)),
+        ("easycache", {"policy": "easycache", "warmup": 5}, thresholds(0.01, 0.02, 0.05, 0.1, 0.2)),
+        ("easycache, Taylor 1", {"policy": "easycache", "warmup": 5, "order": 1}, thresholds(0.02, 0.05, 0.1, 0.2)),
+        ("bwcache", {"policy": "bwcache"}, thresholds(0.03, 0.06, 0.1, 0.15)),
+        ("adacache", {"policy": "adacache"}, paper),
+        ("fixed", fixed, intervals),
+        ("fixed, Taylor 1", {**fixed, "order": 1}, intervals),
+        ("fixed, Taylor 2", {**fixed, "order": 2}, intervals),
     ]
-    if polynomial:
-        fitted = {"policy": "teacache", "polynomial": tuple(polynomial)}
-        policies.append(("teacache, fitted", fitted, thresholds(0.02, 0.05, 0.1, 0.2, 0.3)))
-    if ratios:
-        calibrated = {"policy": "magcache", "ratios": tuple(ratios), "warmup": steps // 5, "max_run": 6}
-        policies.append(("magcache", calibrated, thresholds(0.01, 0.03, 0.06, 0.12, 0.3)))
-    return [_ditc(f"ditc {name}", {**more, "cache": cache}, settings) for name, cache, settings in policies]
+    plan = {**more, "calibration": calibration}
+    return [_ditc(f"ditc {name}", {**plan, "cache": cache}, settings) for name, cache, settings in policies]
 
 
 def _ditc(name: str, plan: Mapping[str, Any], settings: Mapping[str, Setting]) -> Entrant:
@@ -107,14 +107,14 @@ def _ditc(name: str, plan: Mapping[str, Any], settings: Mapping[str, Setting]) -
 
 def peers() -> list[Entrant]:
     """Caches of diffusers and of cache-dit, for a transformer by itself."""
-    thresholds = {f"{value:g}": {"threshold": value} for value in (0.04, 0.07, 0.1, 0.15, 0.22, 0.3)}
+    thresholds = {f"{value:g}": {"threshold": value} for value in (0.05, 0.1, 0.2, 0.3)}
     intervals = {f"every {value}": {"interval": value} for value in (2, 3, 4, 6)}
     return [
         Entrant("diffusers FirstBlockCache", True, thresholds, _diffusers_first_block),
         Entrant("diffusers TaylorSeer 1", True, intervals, _diffusers_taylor),
-        Entrant("cache-dit DBCache F1B0", True, thresholds, _cache_dit(0)),
-        Entrant("cache-dit DBCache F1B0, compiled", True, thresholds, _cache_dit(0, compiled=True)),
-        Entrant("cache-dit DBCache F1B0 + Taylor 1, compiled", True, thresholds, _cache_dit(1, compiled=True)),
+        # eagerly it was slower
+        Entrant("cache-dit DBCache F1B0, compiled", True, thresholds, _cache_dit(0)),
+        Entrant("cache-dit DBCache F1B0 + Taylor 1, compiled", True, thresholds, _cache_dit(1)),
     ]
 
 
@@ -162,7 +162,7 @@ def _diffusers_taylor(model: Any, setting: Setting, steps: int) -> Run:
     return Run(_in_branches(model), lambda: _Reset(model._reset_stateful_cache))
 
 
-def _cache_dit(order: int, *, compiled: bool = False) -> Callable[[nn.Module, Setting, int], Run]:
+def _cache_dit(order: int) -> Callable[[nn.Module, Setting, int], Run]:
     def prepare(model: Any, setting: Setting, steps: int) -> Run:
         import cache_dit
 
@@ -176,10 +176,9 @@ def _cache_dit(order: int, *, compiled: bool = False) -> Callable[[nn.Module, Se
             max_warmup_steps=3, num_inference_steps=steps, enable_separate_cfg=True,
         )  # fmt: skip
         cache_dit.enable_cache(adapter, cache_config=options, calibrator_config=forecast)
-        call = torch.compile(model) if compiled else model
         # without it the second generation begins with what the first one left
         forget = _Reset(lambda: cache_dit.refresh_context(model, num_inference_steps=steps))
-        return Run(denoiser_of(call), lambda: forget)
+        return Run(denoiser_of(torch.compile(model)), lambda: forget)
 
     return prepare
 

@@ -7,9 +7,11 @@ curves have the same PSNR.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +36,7 @@ REFERENCE = "ditc, no cache"
 LEVELS = (40.0, 35.0, 30.0, 25.0)
 """PSNR in dB at which entrants are compared."""
 _VALUE_RANGE = 2.0
+_CALIBRATION_SEED = 10_000
 
 
 @dataclass
@@ -66,7 +69,6 @@ def draw(denoiser: Denoiser, label: int, seed: int, steps: int) -> Tensor:
 
 def run(
     *, clips: int, steps: int, clock: Clock, more: Mapping[str, Any], only: Sequence[str] = (), save: bool = True,
-    calibrate: Callable[[nn.Module, int], tuple[Sequence[float], Sequence[float]]] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Measures every entrant at every setting and prints the tables.
 
@@ -77,13 +79,15 @@ def run(
         more: further options of ditc's plans, to see caching on top of them.
         only: parts of entrants' names; all when empty.
         save: write the files.
-        calibrate: gives MagCache's ratios and TeaCache's polynomial; without it these do not take part.
     """
     model = load_transformer()
-    ratios, polynomial = calibrate(model, steps) if calibrate is not None else ((), ())
-    field_ = [*baselines(), *ours(steps, more, ratios, polynomial), *peers()]
-    chosen = [e for e in field_ if e.name == REFERENCE or not only or any(part in e.name for part in only)]
-    with torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=4096):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=4096),
+    ):
+        path = _calibrate(model, steps, Path(folder))
+        field_ = [*baselines(more), *ours(str(path), more), *peers()]
+        chosen = [e for e in field_ if e.name == REFERENCE or not only or any(part in e.name for part in only)]
         exact = [draw(denoiser_of(model), i % CLASSES, i, steps) for i in range(clips)]
         curves = _measure(chosen, model, clips, steps, clock)
     document: dict[str, Any] = {**describe(torch.device("cpu")), "clock": clock, "clips": clips, "steps": steps}
@@ -94,6 +98,18 @@ def run(
         name = SUITE if not more else f"{SUITE}-{'-'.join(str(value) for value in more.values())}"
         print(f"written: {', '.join(str(path) for path in write(name, document, text))}")
     return document
+
+
+def _calibrate(model: nn.Module, steps: int, folder: Path) -> Path:
+    """What policies learn of a model, from two generations far from the seeds that are measured."""
+
+    def run_two(transformer: nn.Module) -> None:
+        for label in range(2):
+            draw(denoiser_of(transformer), label, _CALIBRATION_SEED + label, steps)
+
+    path = folder / "digits.calibration.safetensors"
+    ditc.calibrate(model, run_two, formats=["int8"]).save(path)
+    return path
 
 
 def _measure(entrants: Sequence[Entrant], model: nn.Module, clips: int, steps: int, clock: Clock) -> list[Curve]:
