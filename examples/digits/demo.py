@@ -35,6 +35,7 @@ from ditc.examples.digits.stages import Candidate, candidates
 from ditc.plots import plot_decisions
 from ditc.runtime.guards import GuardStats
 from ditc.runtime.quality import psnr, ssim
+from ditc.runtime.weights import Memory
 from ditc.text import progress_bar
 
 _VALUE_RANGE = 2.0
@@ -92,6 +93,7 @@ class _Entrant:
     guidance: float
     seconds: list[float]
     clips: list[Tensor]
+    weight_bytes: int = 0
 
     def draw(self, labels: Tensor, seeds: range, progress: Callable[[int, int], None] | None = None) -> Tensor:
         """Clips (N, 1, 8, 24, 24) on the CPU."""
@@ -134,10 +136,12 @@ def run_demo(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models = {folder: load_transformer(folder or WEIGHTS).to(device) for folder in {one.student for one in chosen}}
     task = bar.add_task("setting up", total=None)
-    ready = []
+    ready: list[_Entrant] = []
+    seen: dict[int, Memory] = {}
     for candidate in chosen:
         bar.update(task, description=f"setting up {candidate.name}")
         ready.append(_set_up(candidate, models[candidate.student], steps, guidance))
+        ready[-1].weight_bytes = _weight_bytes(ready[-1], seen)
     bar.update(task, total=clips_per_digit * sum(one.steps for one in ready))
     for batch in range(clips_per_digit):
         seeds = range(seed + batch * CLASSES, seed + (batch + 1) * CLASSES)
@@ -186,31 +190,42 @@ def _measure(ready: list[_Entrant]) -> tuple[tuple[Row, ...], Quality]:
     for one in ready:
         video, per_clip = torch.cat(one.clips), statistics.median(one.seconds)
         comparable = one is not reference and one.candidate.student is None
-        weights, state = _bytes(one)
         rows.append(
             Row(
                 name=one.candidate.name, set_up=one.set_up, seconds_per_clip=per_clip, speed_up=base / per_clip,
                 psnr=_mean(psnr(video, expected, value_range=_VALUE_RANGE)) if comparable else None,
                 ssim=_mean(ssim(video, expected, value_range=_VALUE_RANGE)) if comparable else None,
                 quality=measure_clips(judge, video, asked, real),
-                calls=one.calls, weight_bytes=weights, state_bytes=state,
+                calls=one.calls, weight_bytes=one.weight_bytes, state_bytes=_state_bytes(one),
             )
         )  # fmt: skip
     return tuple(rows), measure_clips(judge, *real_clips(len(asked), seed=1), real)
 
 
-def _bytes(one: _Entrant) -> tuple[int, int]:
-    """Bytes of weights that are read in a step, and of state that is kept between steps."""
-    originals = sum(parameter.nbytes for parameter in one.model.parameters())
-    if not isinstance(one.runner, nn.Module):
-        return originals, 0
+def _weight_bytes(entrant: _Entrant, seen: dict[int, Memory]) -> int:
+    """Bytes of weights that are read in a step. Candidates of one graph share its program, whose figures are of all of
+    them: `seen` holds what they were before this one came, and is brought up to date."""
+    total = sum(parameter.nbytes for parameter in entrant.model.parameters())
+    if not isinstance(entrant.runner, nn.Module):
+        return total
     import ditc
 
-    programs = ditc.stats(one.runner).programs
-    # programs of one module share what they packed
-    packed = max((program.memory.packed for program in programs), default=0)
-    replaced = max((program.memory.originals for program in programs), default=0)
-    return originals - replaced + packed, max((program.state_bytes_per_branch for program in programs), default=0)
+    saved = 0
+    for program in ditc.stats(entrant.runner).programs:
+        before, now = seen.get(program.number, Memory()), program.memory
+        # programs of one module, such as those of two batch sizes, share what they packed
+        saved = max(saved, (now.originals - before.originals) - (now.packed - before.packed))
+        seen[program.number] = now
+    return total - saved
+
+
+def _state_bytes(entrant: _Entrant) -> int:
+    """Bytes that are kept between the steps of a batch."""
+    if not isinstance(entrant.runner, nn.Module):
+        return 0
+    import ditc
+
+    return max((program.state_bytes_per_branch for program in ditc.stats(entrant.runner).programs), default=0)
 
 
 def _guards(ready: list[_Entrant]) -> dict[str, GuardStats]:
