@@ -44,7 +44,7 @@ class CacheOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
-    policy: Policy = Field(description="what decides: see ditc.passes.cache.policy")
+    policy: Policy = Field(description="what decides: see ditc.passes.cache.rules")
     threshold: float | None = Field(
         None, ge=0, description="change up to which is reused; each policy has its own scale"
     )

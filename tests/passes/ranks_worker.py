@@ -25,7 +25,7 @@ def main(rank: int, file: str) -> None:
     moving = torch.tensor([0.0, float(rank)]).reshape(2, 1, 1, 1)
     inputs = [x + moving * i * torch.randn(2, 4, 8, 8) + (4.0 * (rank == 0 and i == 4)) for i in range(6)]
     found = []
-    for group in (None, "world", torch.distributed.group.WORLD.group_name):  # type: ignore[union-attr]
+    for group in (None, "world"):
         torch._dynamo.reset()
         cache = {"policy": "first-block", "threshold": 0.1} | ({} if group is None else {"group": group})
         guarded = torch.compile(model, backend="ditc", options={"cache": cache, "lower": "eager", "fuse": False})

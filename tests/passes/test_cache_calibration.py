@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import ditc
+from ditc.passes.backend import unquantized
 from ditc.passes.cache.calibrated import with_calibration
 from ditc.passes.cache.options import CacheOptions
 from ditc.passes.cache.policy import MagCache, Seen
@@ -93,32 +94,29 @@ def test_fits_are_those_of_the_papers(make_dit: Any, calibrated: Any) -> None:
     assert "teacache polynomial" in str(calibration) and f"over {STEPS} steps" in str(calibration)
 
 
-@pytest.mark.parametrize(("policy", "name"), [("teacache", "polynomial"), ("magcache", "ratios")])
-def test_a_plan_reads_them_where_it_names_none(make_dit: Any, calibrated: Any, policy: str, name: str) -> None:
+def test_a_plan_reads_them_where_it_names_none(make_dit: Any, calibrated: Any) -> None:
     model = make_dit(depth=3)
     calibration, path = calibrated(model)
     assert ditc.Calibration.load(path, model).cache == calibration.cache
-    values = getattr(calibration.cache, name)
-    base = {"policy": policy, "threshold": 0.2}
-    own = Plan(cache={**base, name: list(values)}, lower="eager")
-    read = Plan(cache=base, calibration=str(path), lower="eager")
+    base = {"policy": "teacache", "threshold": 0.2}
+    own = Plan(cache={**base, "polynomial": list(calibration.cache.polynomial)}, lower="eager")
     masks = []
-    for plan in (own, read):
+    for plan in (own, Plan(cache=base, calibration=str(path), lower="eager")):
         torch._dynamo.reset()
         trajectory(ditc.compile(model, plan), latents(5))
         guard = ditc.stats(model).programs[-1].guard
         assert guard is not None
         masks.append([step.hits for step in guard.steps])
     assert masks[0] == masks[1] and 0 < sum(any(hits) for hits in masks[0]) < STEPS - 1
+    options = with_calibration(CacheOptions.model_validate({"policy": "magcache"}), calibration)
+    assert options.table == calibration.cache.ratios and len(options.ratios) == STEPS
 
 
-def test_precise_steps_read_them_too(make_dit: Any, calibrated: Any) -> None:
-    model = make_dit(depth=3)
-    _, path = calibrated(model)
-    plan = {"cache": {"policy": "magcache"}, "calibration": str(path), "quantize": "int8", "precise_first": 1}
-    torch._dynamo.reset()
-    outputs = trajectory(ditc.compile(model, {**plan, "lower": "eager"}), latents())
-    torch.testing.assert_close(outputs[0], trajectory(model, latents())[0], rtol=1e-5, atol=1e-5)
+def test_precise_steps_read_them_too() -> None:
+    plan = Plan(cache={"policy": "magcache"}, calibration="a", quantize="int8", precise_first=1)
+    assert unquantized(plan).calibration == "a"
+    own = Plan(cache={"policy": "fixed"}, calibration="a", quantize="int8", precise_first=1)
+    assert unquantized(own).calibration is None
 
 
 def test_refusals(make_dit: Any, calibrated: Any) -> None:

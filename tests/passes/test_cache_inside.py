@@ -11,11 +11,14 @@ import torch
 from torch import Tensor, nn
 
 import ditc
+from ditc.passes.backend import _copy
 from ditc.passes.cache.frames import Frames
 from ditc.passes.cache.inside import AdaCache, AllBlocks, BWCache, MiddleBlock
+from ditc.passes.cache.mark import MarkBorders
 from ditc.passes.cache.options import CODEBOOK, CacheOptions
 from ditc.passes.cache.policy import Seen
 from ditc.passes.errors import PlanError
+from ditc.passes.pipeline import rewrite
 from ditc.passes.plan import Plan
 from ditc.runtime.artifact import Controls
 
@@ -35,9 +38,9 @@ def compiled(model: nn.Module, cache: Mapping[str, Any]) -> Callable[..., Tensor
     return found
 
 
-def masks(guarded: Any, inputs: list[Tensor], steps: int | None = STEPS, **cache: float) -> list[Any]:
+def masks(guarded: Any, inputs: list[Tensor], **cache: float) -> list[Any]:
     """Which samples each step reuses."""
-    with torch.no_grad(), ditc.session("mine", steps=steps, cache=cache):
+    with torch.no_grad(), ditc.session("mine", steps=STEPS, cache=cache):
         for i, x in enumerate(inputs):
             guarded(x, torch.full((len(x),), 900.0 - 70 * i))
     guards = [program.guard for program in ditc.stats(guarded).programs]
@@ -119,7 +122,10 @@ def test_samples_of_a_batch_decide_alone(make_dit: Callable[..., nn.Module]) -> 
 def test_adacache_waits_as_its_codebook_says(make_dit: Callable[..., nn.Module]) -> None:
     model, inputs = make_dit(depth=3), latents()
     codebook = [(0.1, 4), (0.16, 3), (0.3, 2), (9.0, 1)]
-    found = masks(compiled(model, {"policy": "adacache", "codebook": [list(pair) for pair in codebook]}), inputs)
+    guarded = compiled(model, {"policy": "adacache", "codebook": [list(pair) for pair in codebook]})
+    found = masks(guarded, inputs)
+    reports = ditc.stats(guarded).programs[-1].passes
+    assert "no motion: no frames are known" in [detail for report in reports for detail in report.details]
     residuals = [call[2] - call[1] for call in every_step(model, inputs)]  # of the middle block of three
     expected, i, last = [True] * STEPS, 1, 0
     expected[0] = False
@@ -200,16 +206,14 @@ def test_a_tenth_of_the_steps_is_reused() -> None:
         assert hits == [run < longest for run in range(7)]
 
 
-def test_frames_of_videos_are_found_and_said(zoo: Mapping[str, Callable[[], Any]]) -> None:
-    for name, said in (("wan", "motion over 3 frames"), ("flux", "no frames are known")):
-        model, args, kwargs = zoo[name]()
-        report = ditc.explain(model, args, kwargs, plan={"cache": {"policy": "adacache"}})
-        assert said in str(report)
+def test_frames_of_videos_are_found_and_said(captured: Callable[..., list[Any]]) -> None:
+    (capture,) = captured("wan", "export")
+    options = CacheOptions.model_validate({"policy": "adacache"})
+    found = rewrite(_copy(capture), Plan(fuse=False), (MarkBorders(options),))
+    assert "motion over 3 frames" in found.reports[-1].details
 
 
-def test_steps_must_be_known(make_dit: Callable[..., nn.Module]) -> None:
-    with pytest.raises(ditc.DitcError, match=r"ditc\.session\(steps"):
-        masks(compiled(make_dit(depth=3), {"policy": "bwcache"}), latents(), steps=None)
+def test_steps_must_be_known() -> None:
     for cache in ({"policy": "bwcache"}, {"policy": "adacache"}):
         options = CacheOptions.model_validate(cache).controls()
         with pytest.raises(ValueError, match="which steps are the last"):
