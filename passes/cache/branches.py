@@ -65,7 +65,13 @@ def branch(site: Site, decided: Decision) -> Branches:
         size = like.meta["val"].numel()
         with like.meta["val"].fake_mode:
             item.meta = {"val": like.meta["val"].new_empty((size,)), PART: "branch"}
-        items.append(site.trace("branch", lambda flat, shaped: flat.reshape(shaped.shape), [item, like]))
+
+        stored = site.storage(i) if i < exits else None
+
+        def shaped(flat: Tensor, part: Tensor, stored: Storage | None = stored) -> Tensor:
+            return flat.reshape(part.shape if stored is None else stored.sizes(part))
+
+        items.append(site.trace("branch", shaped, [item, site.kept(i)[0] if i < exits else like]))
     for node in (cond, *names):
         node.meta[PART] = "branch"
     return Branches(cond, **modules, exits=tuple(items[:exits]), kept=tuple(items[exits:]))

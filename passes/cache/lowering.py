@@ -36,6 +36,8 @@ def choose(site: Site, guard: Guard) -> tuple[Guard, tuple[str, ...]]:
     state = [entry.name for entry in site.ctx.state]
     host = host_entries(StateSpec(tuple(site.ctx.state)), site.vectors)
     why = obstacle(site.graph, guard, state, host)
+    if site.options.group is not None:
+        why = "ranks agree on their devices"
     if why is not None and wanted == "schedule":
         raise PlanError(f"lowering='schedule' is impossible for the policy {site.options.policy!r}: {why}; use 'split'")
     if why is None and wanted != "split":

@@ -53,6 +53,10 @@ class Storage:
         codes = torch.int8 if self.format == "int8" else torch.uint8
         return (((*rows, K), codes), ((*rows, 1), torch.float32))
 
+    def sizes(self, part: Tensor) -> tuple[Any, ...]:
+        """The exit's shape, by the first part of a value: sizes that only a call knows are those of the part."""
+        return tuple(part.shape) if self.format is None else (*part.shape[:-1], *self.shape[-self.joined :])
+
     def write(self, values: Sequence[Tensor]) -> list[Tensor]:
         """The parts of each value, one after the other."""
         if self.format is None:

@@ -196,9 +196,12 @@ def test_an_exception_leaves_the_state_of_before(model: nn.Module) -> None:
             assert torch.equal(guarded(x, torch.tensor([900.0 - 100 * i])), exact[i])
 
 
-@pytest.mark.parametrize("size", [4, 8, 12])
-def test_resolutions(model: nn.Module, size: int) -> None:
-    guarded = compiled(model, {"policy": "first-block", "threshold": 0.45})
+@pytest.mark.parametrize(
+    ("size", "more"),
+    [(4, {}), (8, {}), (12, {}), (12, {"storage": "int8"}), (12, {"policy": "bwcache", "max_run": 2, "last": 0})],
+)
+def test_resolutions(model: nn.Module, size: int, more: Options) -> None:
+    guarded = compiled(model, {"policy": "first-block", "threshold": 0.45, **more})
     for each in (8, size, 8):
         inputs = latents(size=each)
         outputs = draw(guarded, inputs)
