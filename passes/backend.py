@@ -24,7 +24,7 @@ from .lower.inductor import lower_inductor, mode_options
 from .pipeline import Rewritten, rewrite
 from .plan import Plan
 from .quantize.linears import QuantizeLinears
-from .rewrite import input_of
+from .rewrite import device_of, input_of
 from .verify import graph_hash
 
 
@@ -205,7 +205,7 @@ def assemble(rewritten: Rewritten, inputs: Sequence[GraphInput], plan: Plan, sou
         return lower_eager(part) if plan.lower == "eager" else lower_inductor(part, plan)
 
     guard = rewritten.guard
-    cuda_graphs = bool(mode_options(plan.mode).get("triton.cudagraphs"))
+    cuda_graphs = device_of(graph).type == "cuda" and bool(mode_options(plan.mode).get("triton.cudagraphs"))
     segment = lower_guard(graph, guard, rewritten.state, lower, cuda_graphs) if guard is not None else lower(graph)
     return Artifact(
         (segment,),

@@ -106,9 +106,7 @@ class Branched:
         returned = [values[i] for i in self.returns]
         if self.copied:
             own = set(map(id, given))
-            returned[-self.copied :] = [
-                v if id(v) in own or not v.is_cuda else v.clone() for v in returned[-self.copied :]
-            ]
+            returned[-self.copied :] = [v if id(v) in own else v.clone() for v in returned[-self.copied :]]
         return returned
 
 

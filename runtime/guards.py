@@ -29,8 +29,7 @@ class GuardStep:
         scores: of each sample (or one for all), what the policy decided by.
         hits: of each sample, whether it was reused.
         run: of each sample, reused steps in a row, this one included.
-        finite: of each sample, whether the result held neither NaN nor infinity; empty for policies that look at what
-            changes, and so find it by themselves.
+        finite: of each sample, whether what left the region held neither NaN nor infinity.
     """
 
     request: str | None
@@ -81,7 +80,9 @@ class GuardStats:
                 f"{1e3 * self.time.saved:.3g} ms saved"
             )
         if not all(all(step.finite) for step in self.steps):
-            found.append("a step gave NaN or infinity, which a policy that looks at nothing may have repeated")
+            found.append(
+                "a step gave NaN or infinity: the next one computes, unless the host decides alone (schedule) for a GPU"
+            )
         if longest <= 8:
             found.append(f"{longest} steps: with so few, whole-step reuse rarely pays")
         return tuple(found)
