@@ -39,8 +39,6 @@ def obstacle(graph: fx.GraphModule, guard: Guard, state: Sequence[str], host: fr
     """
     allowed = {*host, f"cache.{FINITE}", "cache.controls"}
     read = _ancestors([guard.decided.hit, *_new_state(graph, state, host).values()])
-    if any(isinstance(n.target, torch._ops.OpOverload) and n.target.namespace.startswith("_c10d") for n in read):
-        return "ranks agree on it, each on its device"
     facts = [input_of(node) for node in read if node.op == "placeholder"]
     others = [fact for fact in facts if fact.name not in allowed]
     if not others:
