@@ -229,6 +229,13 @@ def test_what_lets_tokens_meet_is_named_and_stays_dense(model: nn.Module) -> Non
     assert report.skipped[0].node.startswith("linear") and program.chunks is None
 
 
+def test_symbolic_sizes_stay_dense(model: nn.Module) -> None:
+    torch._dynamo.reset()
+    chunked = torch.compile(model, backend="ditc", options={"chunks": BOX, "lower": "eager"}, dynamic=True)
+    with pytest.warns(DenseWarning, match="symbolic: compile with dynamic=False"):
+        draw(chunked, latents(2)[:1])
+
+
 @pytest.mark.parametrize(
     ("chunks", "message"),
     [

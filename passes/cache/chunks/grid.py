@@ -112,6 +112,9 @@ def seeds_of(structure: Structure, entries: Sequence[fx.Node], batch: int | None
         facts, sizes = facts_of(entry), shape(entry)
         if facts is None or sizes is None:
             raise NoGrid(f"nothing is known about {entry.name}")
+        if not all(isinstance(size, int) for size in entry.meta["val"].shape):
+            # a gather of fixed size is what keeps the branches from being compiled anew
+            raise NoGrid(f"sizes of {entry.name} are symbolic: compile with dynamic=False")
         parts = tuple(Part(run.size, run.name == axis.name) for run in facts.runs)
         if not any(part.gathered for part in parts):
             if not facts.runs or any(run.name == "" for run in facts.runs):
