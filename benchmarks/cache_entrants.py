@@ -59,12 +59,13 @@ def baselines(more: Mapping[str, Any]) -> list[Entrant]:
     return [Entrant("inductor, no cache", True, {"": {}}, inductor), _ditc("ditc, no cache", more, {"": {}})]
 
 
-def ours(calibration: str, more: Mapping[str, Any]) -> list[Entrant]:
+def ours(calibration: str, more: Mapping[str, Any], steps: int) -> list[Entrant]:
     """ditc's policies, each at the thresholds that span its curve.
 
     Args:
         calibration: file with MagCache's ratios and TeaCache's polynomial for this model.
         more: further options of the plan, such as ``quantize``.
+        steps: of a generation: a chunk changes the more from step to step, the fewer there are.
     """
 
     def thresholds(*values: float) -> dict[str, Setting]:
@@ -89,7 +90,11 @@ def ours(calibration: str, more: Mapping[str, Any]) -> list[Entrant]:
         ("fixed, Taylor 2", {**fixed, "order": 2}, intervals),
     ]
     plan = {**more, "calibration": calibration}
-    return [_ditc(f"ditc {name}", {**plan, "cache": cache}, settings) for name, cache, settings in policies]
+    entrants = [_ditc(f"ditc {name}", {**plan, "cache": cache}, settings) for name, cache, settings in policies]
+    few = max(1.0, 50 / steps)
+    chunks = {"box": [2, 2, 2], "warmup": 2 if few > 4 else 4, "reset": 0 if few > 4 else 10, "capacities": [0.3, 0.5]}
+    maps = thresholds(*(round(few**0.8 * value, 3) for value in (0.04, 0.06, 0.08)))
+    return [*entrants, _ditc("ditc chunks", {**more, "chunks": chunks}, maps)]
 
 
 def _ditc(name: str, plan: Mapping[str, Any], settings: Mapping[str, Setting]) -> Entrant:

@@ -115,7 +115,7 @@ def measure_group(
     ):
         entrants = list(baselines(more))
         if group == "ditc":
-            entrants += ours(str(_calibrate(model, steps, Path(folder))), more)
+            entrants += ours(str(_calibrate(model, steps, Path(folder))), more, steps)
         else:
             entrants = [e for e in entrants if e.name == REFERENCE] + [e for e in peers() if e.name.startswith(group)]
         chosen = [e for e in entrants if e.name == REFERENCE or not only or any(part in e.name for part in only)]
@@ -274,9 +274,9 @@ def _report(document: dict[str, Any], curves: Sequence[Curve], exact: Sequence[T
     lines = [
         preamble(SUITE, document),
         f"Demo model, {document['steps']} steps, guidance {GUIDANCE:g} in two calls a step, {document['clips']} clips "
-        f"at equal seeds, one at a time. Clock: {document['clock']}; ditc, diffusers and cache-dit have a process each, "
-        "in which entrants take turns clip by clip beside the same reference; the first clip is not timed. PSNR and "
-        f"SSIM are against eager fp32 without a cache. Plan besides it: {document['plan']}.",
+        f"at equal seeds, one at a time. Clock: {document['clock']}; ditc, diffusers and cache-dit have a process "
+        "each, in which entrants take turns clip by clip beside the same reference; the first clip is not timed. "
+        f"PSNR and SSIM are against eager fp32 without a cache. Plan besides it: {document['plan']}.",
         "",
         markdown(header, body),
         "",

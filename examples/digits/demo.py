@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from ditc.examples.digits.chunk_map import save_chunk_map
 from ditc.examples.digits.classifier import load_classifier
 from ditc.examples.digits.data import CLASSES, FRAMES
 from ditc.examples.digits.evaluate import (
@@ -279,6 +280,9 @@ def demo(
                 steps=steps, clips_per_digit=clips_per_digit, seed=seed, guidance=guidance, progress=progress
             )
             files = save_pictures(result, out)
+            progress.add_task("drawing the map of chunks", total=None)
+            files = (*files, out / "chunks.png")
+            save_chunk_map(files[-1])
     except KeyboardInterrupt:
         console.print("interrupted; no pictures were written")
         raise typer.Exit(130) from None

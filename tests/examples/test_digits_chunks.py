@@ -1,5 +1,7 @@
 """Chunks on the demo's clips, a digit that moves in front of a still background: what is computed follows the digit."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -7,7 +9,10 @@ pytest.importorskip("sklearn")
 pytest.importorskip("diffusers")
 pytest.importorskip("PIL")
 
+from PIL import Image
+
 import ditc
+from ditc.examples.digits.chunk_map import save_chunk_map
 from ditc.examples.digits.evaluate import denoiser_of, draw_clips, find_subject
 from ditc.examples.digits.model import load_transformer
 from ditc.examples.digits.pictures import overlay_chunks, spread_chunks
@@ -33,8 +38,12 @@ def test_active_chunks_follow_the_digit() -> None:
         found = float((active & digit[clip]).sum() / active.sum())
         missed = float((~active & digit[clip]).sum() / (~active).sum())
         assert found > 1.5 * digit[clip].float().mean() > 3 * missed, (found, missed)
-    sheet = overlay_chunks(video[0], {f"step {s.step}": s.active[0] for s in sparse}, frames=(0, 4))
-    assert sheet.size[0] > 2 * 4 * 24 and sheet.size[1] > 4 * 24 * len(sparse)
+
+
+def test_the_demo_draws_a_map(tmp_path: Path) -> None:
+    assert 0.3 < save_chunk_map(tmp_path / "chunks.png") < 0.95
+    with Image.open(tmp_path / "chunks.png") as sheet:
+        assert sheet.size[0] > 4 * 4 * 24 and sheet.size[1] > 2 * 4 * 24
 
 
 def test_the_tint_lies_on_the_chunks() -> None:
