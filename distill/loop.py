@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 from torch import Tensor
 
 from ditc.runtime.generate import generate
 
 from .nets import AVERAGE
+from .progress import training_bar
 from .records import append_record, drop_records_after
 from .stop import Stop
 from .subject import Sample
@@ -40,7 +41,7 @@ def run_training(training: Training, out: Path, console: Console | None = None) 
         for name in (UPDATES, QUALITY):
             drop_records_after(out / name, training.update, "update")
     shown = console if console is not None and world.leads else Console(quiet=True)
-    with Stop().listening() as stop, _progress(shown) as bar:
+    with Stop().listening() as stop, training_bar(shown) as bar:
         _updates(training, out, stop, bar)
     training.save(checkpoint)
     return training.update == training.run.updates
@@ -121,15 +122,3 @@ def measure(training: Training, out: Path) -> dict[str, Any]:
         if measured.picture is not None:
             measured.picture.save(out / SAMPLES / f"{training.update:06d}.png")
     return record
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[loss]}"),
-        console=console,
-    )

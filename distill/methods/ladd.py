@@ -16,6 +16,7 @@ from ditc.runtime.samplers import Sampler, flow_mix, flow_sigmas, flow_x0
 
 from ..batch import Batch
 from ..critic import Heads, fooling_loss, places_for, telling_loss, widths_at
+from ..manifest import renoising_sampler
 from ..method import Loss, Method
 from ..nets import STUDENT, TEACHER, Nets
 from ..subject import Subject
@@ -92,17 +93,4 @@ class LADD(Method):
         return places_for(module, self.places, self.heads)
 
     def sampler(self, subject: Subject) -> Sampler:
-        return Sampler(
-            name=f"{subject.name} {self.name}",
-            role="student",
-            kind="renoise",
-            process="flow",
-            solver="sde",
-            prediction="velocity",
-            steps=self.steps,
-            sigmas=(*self.levels, 0.0),
-            warped=True,
-            timestep_scale=subject.timestep_scale,
-            shape=subject.shape,
-            source="distilled by ditc: LADD, Sauer et al. 2024",
-        )
+        return renoising_sampler(subject, self.name, self.levels, "LADD, Sauer et al. 2024")

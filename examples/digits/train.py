@@ -18,9 +18,10 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 from torch import nn
 
+from ditc.distill.progress import training_bar
 from ditc.distill.records import append_record, drop_records_after
 from ditc.distill.stop import Stop
 from ditc.examples.digits.classifier import Classifier, load_classifier
@@ -62,7 +63,7 @@ def train(
     drop_records_after(out / "quality.jsonl", trainer.step)
     console = Console()
     console.print(f"{sum(p.numel() for p in trainer.model.parameters()):,} parameters on {trainer.device}, {recipe}")
-    with Stop().listening() as stop, _progress(console) as bar:
+    with Stop().listening() as stop, training_bar(console) as bar:
         _run(trainer, out, judge, save_every, quality_every, stop, bar)
     trainer.save(checkpoint)
     if trainer.step < recipe.steps:
@@ -142,18 +143,6 @@ def pick_device(name: str) -> str:
     if name == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter("there is no CUDA device here; use cpu", param_hint="--device")
     return name
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[loss]}"),
-        console=console,
-    )
 
 
 if __name__ == "__main__":

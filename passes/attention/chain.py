@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from ..rewrite import aten
 from ..structure.flow import dependence
-from .sink import Dims, is_transpose, rank_of
+from .sink import ALONG, is_transpose, rank_of
 
 LONGEST = 96
 """Calls of a chain beyond which it is left alone: norms and rotations are shorter."""
@@ -188,20 +188,6 @@ _ALIKE = frozenset({aten.neg.default, aten.view_as_complex.default, aten.view_as
 _SUMS = frozenset({aten.add.Tensor, aten.sub.Tensor})
 _MUL, _DIV = aten.mul.Tensor, aten.div.Tensor
 _REPEAT = aten.repeat_interleave.self_int
-_ALONG: Mapping[Any, Dims] = {
-    aten.sum.dim_IntList: Dims(1),
-    aten.slice.Tensor: Dims(1, 0, any=True),
-    aten.select.int: Dims(1),
-    aten.unbind.int: Dims(1, 0),
-    aten.chunk.default: Dims(2, 0, any=True),
-    aten.split.Tensor: Dims(2, 0, any=True),
-    aten.split_with_sizes.default: Dims(2, 0, any=True),
-    aten.cat.default: Dims(1, 0, any=True),
-    aten.slice_scatter.default: Dims(2, 0, any=True),
-    aten.stack.default: Dims(1, 0),
-    aten.unsqueeze.default: Dims(1),
-}
-"""Calls that work along dimensions: which argument names them, and whether tokens may be among them."""
 _JOINS = frozenset({aten.cat.default, aten.stack.default})
 
 
@@ -220,7 +206,7 @@ def linear_step(node: fx.Node, heads: Heads, facts: Facts) -> Step | None:
         return None if linear_step(source, heads, facts) is None else [(source, heads)]
     moving = [operand for operand in _read(node) if operand in facts.learned]
     front = 2 if heads is None else 3
-    if node.target in _ALONG:
+    if node.target in ALONG:
         fits = _along(node, heads, len(moving))
     elif node.target is _MUL:
         fits = len(moving) == 1 and list(node.args).count(moving[0]) == 1 and _same_front(moving, node, front)
@@ -286,7 +272,7 @@ def _along(node: fx.Node, heads: Heads, moving: int) -> bool:
         return False
     if node.target is aten.slice_scatter.default and moving < 1 + (not _canvas(node.args[0])):
         return False
-    check = _ALONG[node.target]
+    check = ALONG[node.target]
     front, tokens = (2, 1) if heads is None else (3, 3 - heads)
     dims = check.of(node)
     return all(dim >= front or (check.any and dim == tokens) for dim in (dims if isinstance(dims, list) else [dims]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -160,12 +160,7 @@ def _keeps_front(node: fx.Node) -> bool:
     return len(after) >= 4 and tuple(before[:3]) == tuple(after[:3])
 
 
-_TURNS: dict[Any, Callable[[fx.Node], bool]] = {
-    aten.transpose.int: is_transpose,
-    aten.permute.default: is_transpose,
-    aten.rms_norm.default: _last_only,
-    aten.layer_norm.default: _last_only,
-    aten.mean.dim: Dims(1),
+ALONG: Mapping[Any, Dims] = {
     aten.sum.dim_IntList: Dims(1),
     aten.slice.Tensor: Dims(1, 0, any=True),
     aten.select.int: Dims(1),
@@ -177,6 +172,16 @@ _TURNS: dict[Any, Callable[[fx.Node], bool]] = {
     aten.slice_scatter.default: Dims(2, 0, any=True),
     aten.stack.default: Dims(1, 0),
     aten.unsqueeze.default: Dims(1),
+}
+"""Calls that work along dimensions: which argument names them, and whether tokens may be among them."""
+
+_TURNS: dict[Any, Callable[[fx.Node], bool]] = {
+    aten.transpose.int: is_transpose,
+    aten.permute.default: is_transpose,
+    aten.rms_norm.default: _last_only,
+    aten.layer_norm.default: _last_only,
+    aten.mean.dim: Dims(1),
+    **ALONG,
     aten.flatten.using_ints: Dims(1, 0),
     aten.unflatten.int: Dims(1),
     aten.reshape.default: _keeps_front,

@@ -9,19 +9,17 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from ditc.runtime.artifact import Controls, StateEntry
-
 from ..base import PassContext
-from ..capture import INPUT, GraphInput, fake_mode_of
+from ..capture import fake_mode_of
 from ..trace import trace_here
 from .borders import BORDER, Border
 from .frames import Frames
+from .inputs import add_controls, add_state
 from .inside import Inside
 from .options import CacheOptions
 from .policy import Rule
 from .region import Region
 from .rules import inside_of, rule_of
-from .sizes import state_size
 from .storage import Storage, storage_of
 
 VECTORS = ("step", "run", "computed", "hit", "score")
@@ -142,22 +140,9 @@ class Site:
                 looked = self.inside.looked([node.meta["val"] for node, _ in self.places])
             for i, value in enumerate(looked):
                 self._state(f"looked.{i}", value.shape, value.dtype)
-        named, table = self.options.controls(), self.options.table
-        self.ctx.controls = Controls(tuple(named), tuple(named.values()), table)
-        self.controls = self._placeholder("cache_controls", (len(named) + len(table),), torch.float32)
-        self.controls.meta[INPUT] = GraphInput("cache.controls", "control")
+        named, table, like = self.options.controls(), self.options.table, self.region.exits[0].meta["val"]
+        self.controls = add_controls(self.graph, self.ctx, "cache.controls", named, table, like)
 
     def _state(self, name: str, shape: Sequence[Any], dtype: torch.dtype) -> None:
-        entry = StateEntry(f"cache.{name}", tuple(state_size(self.graph, size) for size in shape), dtype)
-        self.ctx.declare_state(entry)
-        node = self._placeholder(f"state_cache_{name.replace('.', '_')}", shape, dtype)
-        node.meta[INPUT] = GraphInput(entry.name, "state")
-        self.state[name] = node
-
-    def _placeholder(self, name: str, shape: Sequence[Any], dtype: torch.dtype) -> fx.Node:
-        with self.graph.graph.inserting_after(self.graph.graph.find_nodes(op="placeholder")[-1]):
-            node = self.graph.graph.placeholder(name)
-        example = self.region.exits[0].meta["val"]
-        with example.fake_mode:
-            node.meta = {"val": torch.empty(tuple(shape), dtype=dtype, device=example.device)}
-        return node
+        like = self.region.exits[0].meta["val"]
+        self.state[name] = add_state(self.graph, self.ctx, f"cache.{name}", shape, dtype, like)

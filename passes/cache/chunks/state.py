@@ -10,14 +10,12 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ditc.runtime.artifact import Controls, StateEntry
-
 from ...base import PassContext
-from ...capture import INPUT, GraphInput, fake_mode_of
+from ...capture import fake_mode_of
 from ...trace import trace_here
 from ..borders import borders
+from ..inputs import add_controls, add_state
 from ..region import Region
-from ..sizes import state_size
 from ..state import PART
 from .decide import CHUNK_STATE, capacity
 from .grid import Grid
@@ -103,22 +101,9 @@ class Chunked:
             self._state(name, (self.samples, *self.grid.shape), torch.bool)
         for name, like in self.kept.items():
             self._state(name, like.meta["val"].shape, like.meta["val"].dtype)
-        named = self.options.controls()
-        self.controls = self._placeholder("chunk_controls", (len(named),), torch.float32)
-        self.controls.meta[INPUT] = GraphInput("chunks.controls", "control")
-        self.ctx.controls = Controls(tuple(named), tuple(named.values()))
+        like = self.region.exits[0].meta["val"]
+        self.controls = add_controls(self.graph, self.ctx, "chunks.controls", self.options.controls(), (), like)
 
     def _state(self, name: str, shape: Sequence[Any], dtype: torch.dtype) -> None:
-        entry = StateEntry(f"chunks.{name}", tuple(state_size(self.graph, size) for size in shape), dtype)
-        self.ctx.declare_state(entry)
-        node = self._placeholder(f"state_chunks_{name.replace('.', '_')}", shape, dtype)
-        node.meta[INPUT] = GraphInput(entry.name, "state")
-        self.state[name] = node
-
-    def _placeholder(self, name: str, shape: Sequence[Any], dtype: torch.dtype) -> fx.Node:
-        with self.graph.graph.inserting_after(self.graph.graph.find_nodes(op="placeholder")[-1]):
-            node = self.graph.graph.placeholder(name)
-        with self.mode:
-            device = self.region.exits[0].meta["val"].device
-            node.meta = {"val": torch.empty(tuple(shape), dtype=dtype, device=device)}
-        return node
+        like = self.region.exits[0].meta["val"]
+        self.state[name] = add_state(self.graph, self.ctx, f"chunks.{name}", shape, dtype, like)
