@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -82,9 +83,18 @@ def write(suite: str, document: dict[str, Any], text: str, folder: Path | None =
     stem = f"{suite}-{hardware_slug(document['hardware'])}-{date}"
     full = {"schema": SCHEMA, "suite": suite, "date": date, **document}
     paths = folder / f"{stem}.json", folder / f"{stem}.md"
-    paths[0].write_text(json.dumps(full, indent=1, allow_nan=False) + "\n")
+    paths[0].write_text(json.dumps(_finite(full), indent=1, allow_nan=False) + "\n")
     paths[1].write_text(text.rstrip() + "\n")
     return paths
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinities, such as the bound of who has no reference: they become null."""
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def preamble(suite: str, document: dict[str, Any]) -> str:
