@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from .artifact import Segment
 from .stopwatch import Laps, Work
 
@@ -113,27 +111,3 @@ class Branched:
 def nothing(*_: Any) -> Sequence[Any]:
     """What a part runs that only passes on what it reads."""
     return ()
-
-
-class Remembered:
-    """A segment on the host whose few numbers recur: what it gave for the same ones is given again.
-
-    Args:
-        run: takes and returns tensors on the host, which nobody writes to, and depends on their values alone.
-    """
-
-    MOST = 4096
-
-    def __init__(self, run: Segment) -> None:
-        self._run = run
-        self._known: dict[tuple[Any, ...], tuple[Any, ...]] = {}
-
-    def __call__(self, *values: Any) -> Sequence[Any]:
-        key = tuple(tuple(value.tolist()) if isinstance(value, torch.Tensor) else value for value in values)
-        found = self._known.get(key)
-        if found is None:
-            if len(self._known) >= self.MOST:
-                self._known.clear()
-            with torch.inference_mode(False), torch.no_grad():
-                self._known[key] = found = tuple(self._run(*values))
-        return found

@@ -34,8 +34,9 @@ def choose(site: Site, guard: Guard) -> tuple[Guard, tuple[str, ...]]:
     if wanted == "cond" or whole is not None:
         return guard, ("one graph (cond): a batch is computed unless all its samples reuse",)
     state = [entry.name for entry in site.ctx.state]
-    host = host_entries(StateSpec(tuple(site.ctx.state)), site.vectors)
-    why = obstacle(site.graph, guard, state, host)
+    timed = site.options.indicator == "timestep"
+    host = host_entries(StateSpec(tuple(site.ctx.state)), [*site.vectors, *(site.rule.tensors if timed else ())])
+    why = obstacle(site.graph, guard, state, host, _timestep(site) if timed else None)
     if site.options.group is not None:
         why = "ranks agree on their devices"
     if why is not None and wanted == "schedule":
@@ -43,9 +44,20 @@ def choose(site: Site, guard: Guard) -> tuple[Guard, tuple[str, ...]]:
     if why is None and wanted != "split":
         site.ctx.controls = replace(site.ctx.controls, host=True)
         site.ctx.state[:] = [replace(entry, host=entry.name in host) for entry in site.ctx.state]
-        return replace(guard, lowering="schedule"), ("schedule: the host decides alone, and waits for nothing",)
+        return replace(guard, lowering="schedule"), (_ALONE["timestep" if timed else "steps"],)
     partial, note = on_fewer(site, guard.branches, guard.decided.hit)
     return replace(guard, lowering="split", partial=partial), ("split: the host takes the branch", note)
+
+
+_ALONE = {
+    "steps": "schedule: the host decides alone, and waits for nothing",
+    "timestep": "schedule: the host decides alone from the timestep, for which it waits where that is on a device",
+}
+
+
+def _timestep(site: Site) -> str | None:
+    found = site.ctx.structure.timestep if site.ctx.structure is not None else None
+    return found.name if found is not None else None
 
 
 def _one_graph(site: Site) -> str | None:

@@ -36,7 +36,8 @@ class MarkBorders:
        front of them ``source``.
     2. What leaves the middle, streams and values that skip over to later blocks, becomes ``exit``; a stream that
        entered in the same shape, or joined of several that did, is kept as a residual to it.
-    3. For policies that look at it, what the first block's first linear reads becomes ``indicator``.
+    3. For policies that look at it, what the first block's first linear reads becomes ``indicator``; or, where the
+       plan says so, the embedding of the timestep.
     4. For policies that look inside, the main stream behind some of the blocks becomes a ``place``.
     5. A policy that skips the whole model has the latent as its entry and the model's output as its exit.
     """
@@ -68,9 +69,9 @@ class MarkBorders:
         exits = _leaving(chain, body, nodes)
         source = _main(structure, _streams_of(chain[0], _entering(chain, 0, nodes)))
         main = _main(structure, _streams_of(chain[max(front - 1, 0)], entries))
-        indicator = _indicator(graph, chain[0], nodes) if "indicator" in needs else None
+        indicator = self._indicator(graph, chain[0], nodes) if "indicator" in needs else None
         if "indicator" in needs and indicator is None:
-            return self._nothing("the first block has no linear on the token path whose input could be looked at")
+            return self._nothing(_NOT_THERE[self.options.indicator])
         if "source" in needs and (source is None or main is None or _sizes(source) != _sizes(main)):
             return self._nothing("the main stream changes its shape in the front blocks")
         inside = inside_of(self.options)
@@ -104,6 +105,9 @@ class MarkBorders:
         mark(graph, outputs[0], Border("exit", True, (0,)))
         mark(graph, latent, Border("entry", True)).meta[MAIN] = True
         return PassReport(self.name, 2, requested=True, details=("the whole model",))
+
+    def _indicator(self, graph: fx.GraphModule, first: _Link, nodes: dict[str, fx.Node]) -> fx.Node | None:
+        return _embedded(graph, first) if self.options.indicator == "timestep" else _modulated(graph, first, nodes)
 
     def _nothing(self, reason: str) -> PassReport:
         return PassReport(self.name, 0, skipped=(Skip("graph", reason),), requested=True)
@@ -223,7 +227,13 @@ def _base(stream: Stream | None, exit: fx.Node, entries: Entering) -> tuple[tupl
     return tuple(chosen), dims[0]
 
 
-def _indicator(graph: fx.GraphModule, first: _Link, nodes: dict[str, fx.Node]) -> fx.Node | None:
+_NOT_THERE = {
+    "modulated": "the first block has no linear on the token path whose input could be looked at",
+    "timestep": "no linear embeds the timestep alone: indicator='modulated' needs none",
+}
+
+
+def _modulated(graph: fx.GraphModule, first: _Link, nodes: dict[str, fx.Node]) -> fx.Node | None:
     """What the first block's first linear on the token path reads: in most models, what its queries are made of."""
     inside = set(first.block.nodes)
     for node in calls(graph, aten.linear.default):
@@ -232,6 +242,18 @@ def _indicator(graph: fx.GraphModule, first: _Link, nodes: dict[str, fx.Node]) -
             found = node.args[0]
             return found if isinstance(found, fx.Node) else None
     return None
+
+
+def _embedded(graph: fx.GraphModule, first: _Link) -> fx.Node | None:
+    """What the timestep's embedder gives: in front of the first block, the last linear of those that embed nothing but
+    the timestep."""
+    inside, found = set(first.block.nodes), None
+    for node in graph.graph.nodes:
+        if node.name in inside:
+            break
+        facts = facts_of(node) if node.target is aten.linear.default else None
+        found = node if facts is not None and facts.role is Role.TIMESTEP else found
+    return found
 
 
 def _has_batch(node: fx.Node) -> bool:

@@ -13,6 +13,8 @@ Policy = Literal["first-block", "teacache", "easycache", "magcache", "bwcache", 
 
 Lowering = Literal["cond", "split", "schedule", "auto"]
 
+Indicator = Literal["modulated", "timestep"]
+
 THRESHOLDS: Mapping[str, float] = MappingProxyType(
     {"first-block": 0.08, "teacache": 0.15, "easycache": 0.05, "magcache": 0.06, "bwcache": 0.15}
 )
@@ -61,6 +63,11 @@ class CacheOptions(BaseModel):
         0, ge=0, description="longest run of reused steps; 0 for any length (bwcache: for a tenth of all steps)"
     )
     interval: int = Field(2, ge=2, description="policy 'fixed': every how many steps one is computed")
+    indicator: Indicator = Field(
+        "modulated",
+        description="what the policy 'teacache' looks at: what the first block's first linear reads, or the embedding "
+        "of the timestep, which no data has a part in",
+    )
     order: int = Field(0, ge=0, le=2, description="order of the Taylor forecast that is reused; 0 reuses as it is")
     lowering: Lowering = Field(
         "auto",
@@ -96,6 +103,8 @@ class CacheOptions(BaseModel):
             raise ValueError("the policy 'first-block' looks at what the front blocks do: front is at least 1")
         if self.policy == "easycache" and (self.front or self.back):
             raise ValueError("the policy 'easycache' skips the whole model: it has no front or back blocks")
+        if self.indicator != "modulated" and self.policy != "teacache":
+            raise ValueError(f"indicator belongs to the policy 'teacache', not to {self.policy!r}")
         self._check_numbers()
         return self
 
@@ -118,8 +127,12 @@ class CacheOptions(BaseModel):
 
     @property
     def reads_calibration(self) -> bool:
-        """Whether the policy goes by fitted numbers and this table names none."""
-        return self.policy in ("teacache", "magcache") and not self.table
+        """Whether the policy goes by fitted numbers and this table names none.
+
+        A calibration's polynomial was fitted to changes of what the first block reads: it says nothing of changes of
+        the timestep's embedding, which are taken as they are.
+        """
+        return self.policy in ("teacache", "magcache") and not self.table and self.indicator == "modulated"
 
     @property
     def front_blocks(self) -> int:

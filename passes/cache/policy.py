@@ -27,7 +27,7 @@ class Seen:
         batch: whether dimension 0 of everything counts samples; else there is one decision for all, S = 1.
         source: stream in front of the front blocks; ``None`` where the policy did not ask for it.
         entry: stream at the entry of the region.
-        indicator: what the first block's first linear reads.
+        indicator: what the first block's first linear reads, or the embedding of the timestep.
         output: behind the region, for ``settle``: as reused or computed.
         step: int64 ``[S]``, from 0.
     """
@@ -88,8 +88,9 @@ class FirstBlock:
 
 
 class TeaCache:
-    """TeaCache (2411.19108): changes of the first block's input from step to step, through a fitted polynomial (the
-    table, highest power first; none: as they are), add up until they reach the threshold."""
+    """TeaCache (2411.19108): changes of the first block's input, or of the timestep's embedding, from step to step,
+    through a fitted polynomial (the table, highest power first; none: as they are), add up until they reach the
+    threshold."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"indicator"})
     vectors: ClassVar[tuple[str, ...]] = ("accumulated",)

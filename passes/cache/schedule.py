@@ -1,8 +1,9 @@
 """Decisions that no data has a part in: the lowering ``schedule``, for which the host decides alone.
 
 What decides is cut out of the guarded graph by its data flow, which is also the proof: it may read the guard's own
-vectors and the numbers of the call, and nothing else. It runs on the host, on the same operators; what is left becomes
-two straight-line programs, one that computes and one that reuses, neither of which waits for anything.
+vectors and the numbers of the call, and nothing else; or, for policies that look at its embedding, the timestep and
+weights too. It runs on the host, on the same operators; what is left becomes two straight-line programs, one that
+computes and one that reuses, neither of which waits for anything.
 """
 
 from __future__ import annotations
@@ -14,21 +15,25 @@ import torch
 from torch import fx
 
 from ditc.runtime.artifact import StateSpec
-from ditc.runtime.branched import Arm, Branched, Part, Remembered, nothing
+from ditc.runtime.branched import Arm, Branched, Part, nothing
+from ditc.runtime.hosted import Embedded, Remembered
 
 from ..capture import INPUT, GraphInput
 from ..rewrite import aten, device_of, input_of
+from .borders import BORDER
 from .cut import Guard, Lower, count_missing, drop_unread, extract, inline
 from .state import FINITE, PART
 
 
 def host_entries(state: StateSpec, vectors: Iterable[str]) -> frozenset[str]:
-    """Names of the state that the host would keep: a guard's vectors, but for what is seen in the result."""
+    """Names of the state that the host would keep: these of a guard's, but for what is seen in the result."""
     mine = {f"cache.{name}" for name in vectors if name != FINITE}
     return frozenset(entry.name for entry in state.entries if entry.name in mine)
 
 
-def obstacle(graph: fx.GraphModule, guard: Guard, state: Sequence[str], host: frozenset[str]) -> str | None:
+def obstacle(
+    graph: fx.GraphModule, guard: Guard, state: Sequence[str], host: frozenset[str], timestep: str | None = None
+) -> str | None:
     """Why the host cannot decide alone; ``None`` where it can.
 
     Args:
@@ -36,13 +41,16 @@ def obstacle(graph: fx.GraphModule, guard: Guard, state: Sequence[str], host: fr
         guard: what decides.
         state: names of all state, in order.
         host: of these, what the host would keep.
+        timestep: name of the input that the host may read, weights along with it; ``None`` where it reads neither.
     """
-    allowed = {*host, f"cache.{FINITE}", "cache.controls"}
-    read = _ancestors([guard.decided.hit, *_new_state(graph, state, host).values()])
+    allowed = {*host, f"cache.{FINITE}", "cache.controls", *([timestep] if timestep is not None else [])}
+    results = [guard.decided.hit, *_new_state(graph, state, host).values()]
+    read = _ancestors(results)
     facts = [input_of(node) for node in read if node.op == "placeholder"]
-    others = [fact for fact in facts if fact.name not in allowed]
+    others = [fact for fact in facts if fact.name not in allowed and not (timestep is not None and fact.is_weight)]
     if not others:
-        return None
+        strange = sorted({str(n.target) for n in _ancestors(_given(graph, results)) if not _runs_anywhere(n)})
+        return f"the host cannot run {' and '.join(strange)}" if strange else None
     data = sorted(repr(fact.name) for fact in others if fact.kind == "data")
     what = " and ".join(data) or f"the {others[0].kind} {others[0].name!r}"
     return f"what it decides by depends on {what}, not on the numbers of steps alone"
@@ -54,26 +62,35 @@ def schedule(graph: fx.GraphModule, guard: Guard, state: Sequence[str], host: fr
     new = _new_state(graph, state, host)
     inputs = _inputs(graph)
     numbers = {node: i for i, node in enumerate(inputs)}
+    given = _given(graph, [missing, *new.values()])
+    before = []
+    if given:
+        module, reads, weights = _embedding(graph, given)
+        run = Embedded(module, len(reads) - weights, weights)
+        before.append(Part(run, tuple(numbers[n] for n in reads), tuple(range(len(given))), work="guard"))
+        numbers |= {node: len(inputs) + i for i, node in enumerate(given)}
     programs = [(room, _straight(graph, guard, branch, set(new.values()))) for room, branch in guard.arms()]
     feeds = [
         node for node in (guard.decided.hit, *_host_inputs(inputs, host)) if any(node in p[1] for _, p in programs)
     ]
-    module, reads = _on_host(graph, [missing, *new.values()], feeds)
-    numbers |= {node: len(inputs) + i for i, node in enumerate([missing, *new.values()])}
-    fed = numbers | {node: len(inputs) + 1 + len(new) + i for i, node in enumerate(feeds)}
-    results = 1 + len(new) + len(feeds)
+    made = [missing, *(node for node in new.values() if node not in given)]
+    module, reads = _on_host(graph, made, feeds, given)
+    count = len(numbers)
+    results = len(made) + len(feeds)
     decide = Part(Remembered(module), tuple(numbers[n] for n in reads), tuple(range(results)), work="guard")
+    numbers |= {node: count + i for i, node in enumerate(made)}
+    fed = numbers | {node: count + len(made) + i for i, node in enumerate(feeds)}
     returned: Sequence[Any] = graph.graph.output_node().args[0]  # type: ignore[assignment]
-    first = len(inputs) + results
+    first = count + results
     device = [node for node in returned if node not in set(new.values())]
     arms = []
     for room, (program, taken, gives) in programs:
         run = lower(program) if any(isinstance(g, int) for g in gives) else nothing
-        given = tuple(g if isinstance(g, int) else -1 - fed[g] for g in gives)
-        arms.append(Arm(room, Part(run, tuple(fed[node] for node in taken), given)))
+        passed = tuple(g if isinstance(g, int) else -1 - fed[g] for g in gives)
+        arms.append(Arm(room, Part(run, tuple(fed[node] for node in taken), passed)))
     at = {node: first + i for i, node in enumerate(device)}
     returns = tuple(at[node] if node in at else numbers[node] for node in returned)
-    return drop_unread(Branched((decide,), numbers[missing], tuple(arms), (), returns), len(inputs))
+    return drop_unread(Branched((*before, decide), numbers[missing], tuple(arms), (), returns), len(inputs))
 
 
 def _host_inputs(inputs: Sequence[fx.Node], host: frozenset[str]) -> list[fx.Node]:
@@ -88,15 +105,61 @@ def _new_state(graph: fx.GraphModule, state: Sequence[str], host: frozenset[str]
     }
 
 
-def _ancestors(nodes: Iterable[fx.Node]) -> list[fx.Node]:
+def _ancestors(nodes: Iterable[fx.Node], ends: Sequence[fx.Node] = ()) -> list[fx.Node]:
+    """``nodes`` and all that they are made of, up to ``ends`` where these are met."""
     found: dict[fx.Node, None] = {}
     pending = list(nodes)
     while pending:
         node = pending.pop()
         if node not in found:
             found[node] = None
-            pending += node.all_input_nodes
+            pending += node.all_input_nodes if node not in ends else ()
     return list(found)
+
+
+def _given(graph: fx.GraphModule, results: Sequence[fx.Node]) -> list[fx.Node]:
+    """Of what makes ``results``, in program order: what data and weights alone make, where it is a result or others
+    read it."""
+    carried, outside, mine = set[fx.Node](), set[fx.Node](), set(_ancestors(results))
+    for node in graph.graph.nodes:
+        if node not in mine:
+            continue
+        kind = input_of(node).kind if node.op == "placeholder" else None
+        if kind in ("state", "control") or any(n in carried for n in node.all_input_nodes):
+            carried.add(node)
+        elif kind is not None or any(n in outside for n in node.all_input_nodes):
+            outside.add(node)
+    return [n for n in graph.graph.nodes if n in outside and (n in results or not carried.isdisjoint(n.users))]
+
+
+def _runs_anywhere(node: fx.Node) -> bool:
+    """Whether the host has the operator of a node too, with nothing that lies on a device."""
+    if node.op == "get_attr":
+        return False
+    # borders are gone before anything runs
+    return node.op != "call_function" or BORDER in node.meta or getattr(node.target, "namespace", "aten") == "aten"
+
+
+def _embedding(graph: fx.GraphModule, given: Sequence[fx.Node]) -> tuple[fx.GraphModule, list[fx.Node], int]:
+    """What makes ``given``, for the host; what it takes, weights last, and how many of these there are."""
+    order = {node: i for i, node in enumerate(graph.graph.nodes)}
+    nodes = [n for n in _ancestors(given) if n.op == "call_function"]
+    module, reads = extract(graph, sorted(nodes, key=order.__getitem__), given)
+    places = _inputs(module)
+    weights = [i for i, read in enumerate(reads) if input_of(read).is_weight]
+    turned = [*(i for i in range(len(reads)) if i not in weights), *weights]
+    for i in reversed(turned):
+        next(iter(module.graph.nodes)).prepend(places[i])
+    _stay(module)
+    module.recompile()
+    return module, [reads[i] for i in turned], len(weights)
+
+
+def _stay(module: fx.GraphModule) -> None:
+    """What operators make new they make on the host."""
+    for node in module.graph.nodes:
+        if "device" in node.kwargs:
+            node.kwargs = {**node.kwargs, "device": torch.device("cpu")}
 
 
 def _straight(
@@ -140,16 +203,15 @@ def _straight(
 
 
 def _on_host(
-    graph: fx.GraphModule, results: Sequence[fx.Node], feeds: Sequence[fx.Node]
+    graph: fx.GraphModule, results: Sequence[fx.Node], feeds: Sequence[fx.Node], given: Sequence[fx.Node]
 ) -> tuple[fx.GraphModule, list[fx.Node]]:
-    """What the host computes, and what of it and of its state the programs are fed, on their device."""
+    """What the host computes from what is ``given`` and its state, and what of these the programs are fed, on their
+    device."""
     order = {node: i for i, node in enumerate(graph.graph.nodes)}
-    nodes = [n for n in _ancestors([*results, *feeds]) if n.op == "call_function"]
+    nodes = [n for n in _ancestors([*results, *feeds], given) if n.op == "call_function" and n not in given]
     module, reads = extract(graph, sorted(nodes, key=order.__getitem__), [*results, *feeds])
     device = device_of(graph)
-    for node in list(module.graph.nodes):
-        if "device" in node.kwargs:
-            node.kwargs = {**node.kwargs, "device": torch.device("cpu")}
+    _stay(module)
     if device.type != "cpu":
         _look_at_nothing(module, reads)
         _send(module, len(feeds), device)

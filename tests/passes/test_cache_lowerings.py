@@ -21,8 +21,9 @@ from ditc.passes.capture import capture_export
 from ditc.passes.errors import PassError, PlanError
 from ditc.passes.pipeline import rewrite
 from ditc.passes.plan import Plan
-from ditc.runtime.branched import Arm, Branched, Part, Remembered
+from ditc.runtime.branched import Arm, Branched, Part
 from ditc.runtime.guards import ONE_GRAPH, GuardStep
+from ditc.runtime.hosted import Remembered
 from ditc.runtime.program import programs_of
 
 Options = Mapping[str, Any]
