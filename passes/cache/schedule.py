@@ -66,8 +66,8 @@ def schedule(graph: fx.GraphModule, guard: Guard, state: Sequence[str], host: fr
     before = []
     if given:
         module, reads, weights = _embedding(graph, given)
-        run = Embedded(module, len(reads) - weights, weights)
-        before.append(Part(run, tuple(numbers[n] for n in reads), tuple(range(len(given))), work="guard"))
+        embed = Embedded(module, len(reads) - weights, weights)
+        before.append(Part(embed, tuple(numbers[n] for n in reads), tuple(range(len(given))), work="guard"))
         numbers |= {node: len(inputs) + i for i, node in enumerate(given)}
     programs = [(room, _straight(graph, guard, branch, set(new.values()))) for room, branch in guard.arms()]
     feeds = [
