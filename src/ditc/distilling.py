@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -17,13 +18,14 @@ def distill(
         Path | None, typer.Option(help="folder with more configurations: model/, method/, experiment/")
     ] = None,
     show: Annotated[bool, typer.Option("--show", help="print the configuration as YAML, and do nothing")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print data instead of text")] = False,
 ) -> None:
     """Train a student that needs few steps, and write it with its sampler.
 
     A run that was stopped goes on when the same command is given again. Under torchrun (`torchrun --nproc-per-node 2
     -m ditc.cli distill ...`) the ranks share parameters and batches.
     """
-    from .distill.artifact import write_student
+    from .distill.artifact import FIGURES, write_student
     from .distill.configure import configure
     from .distill.loop import run_training
     from .distill.parallel import joined
@@ -34,7 +36,8 @@ def distill(
     if show:
         typer.echo(configuration.text, nl=False)
         return
-    console = Console()
+    # the data alone go to standard output
+    console = Console(stderr=as_json)
     subject, method, run, out = configuration.subject, configuration.method, configuration.run, configuration.out
     initial = None if configuration.init is None else read_weights(configuration.init, subject.teacher)
     with joined(run.pick_device()) as world:
@@ -53,3 +56,6 @@ def distill(
         folder = write_student(training, out, ["ditc", "distill", *told])
         if world.leads:
             console.print(f"wrote {folder}")
+        if world.leads and as_json:
+            quality = json.loads((folder / FIGURES).read_text("utf-8"))
+            typer.echo(json.dumps({"student": str(folder), "updates": training.update, **quality}))

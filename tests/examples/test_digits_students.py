@@ -13,6 +13,7 @@ pytest.importorskip("diffusers")
 
 import ditc
 from ditc.distill.artifact import FIGURES
+from ditc.distilling import distill
 from ditc.examples.digits.classifier import load_classifier
 from ditc.examples.digits.data import CLASSES, CLIP_SHAPE
 from ditc.examples.digits.distilling import call, digits_subject, diversity
@@ -91,3 +92,15 @@ def test_diversity_is_the_mean_distance_within_a_class() -> None:
     # two frames each: class 0 at 0 and 3, class 1 at 5 and 6
     features = torch.tensor([[0.0], [0.0], [2.0], [4.0], [5.0], [5.0], [6.0], [6.0]])
     assert diversity(features, torch.tensor([0, 0, 1, 1])) == pytest.approx((3 + 1) / 2)
+
+
+def test_the_command_prints_json(tmp_path: Path) -> None:
+    words = ["method=dmd2", "model=digits", "model.clips=10", "steps=2", "method.adversarial=0", "run.batch=2"]
+    words += ["run.updates=4", "run.measure_every=0", f"out={tmp_path}"]
+    app = typer.Typer()
+    app.command()(distill)
+    done = CliRunner().invoke(app, [*words, "--json"])
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    assert told["updates"] == 4
+    assert load_student(told["student"]).sampler.steps == 2
