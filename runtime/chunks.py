@@ -1,16 +1,13 @@
-"""Which chunks were computed: a record of each step, kept as tensors until somebody asks."""
+"""Which chunks were computed, step by step."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from .artifact import StateSpec
-from .guards import MOST_STEPS
-from .session import current_branch, current_session
+from .steplog import StepLog
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,30 +78,22 @@ class ChunkStats:
         return ()
 
 
-class ChunkLog:
-    """Collects what was decided step by step, without waiting for a device."""
+class ChunkLog(StepLog):
+    """Collects which chunks were computed step by step."""
 
     NAMES = ("chunks.active", "chunks.computed", "chunks.score")
 
     def __init__(self) -> None:
-        self._steps: deque[tuple[str | None, str | None, int, tuple[torch.Tensor, ...]]] = deque(maxlen=MOST_STEPS)
+        super().__init__(self.NAMES)
 
     @classmethod
     def understands(cls, spec: StateSpec) -> bool:
         """Whether a program with this state computes chunks."""
         return any(entry.name == cls.NAMES[0] for entry in spec.entries)
 
-    def record(self, spec: StateSpec, step: int, state: Sequence[torch.Tensor]) -> None:
-        """Remembers the decisions in the state that the ``step``-th call of a branch returned."""
-        current = current_session()
-        by_name = {entry.name: tensor for entry, tensor in zip(spec.entries, state, strict=True)}
-        request = current.request if current is not None else None
-        # a tensor of a CUDA graph is overwritten by the next replay
-        self._steps.append((request, current_branch(), step, tuple(by_name[name].clone() for name in self.NAMES)))
-
     def steps(self) -> list[ChunkStep]:
         """What was decided so far, oldest first; waits for the device."""
         return [
-            ChunkStep(request, branch, step, *(tensor.cpu() for tensor in tensors))
-            for request, branch, step, tensors in list(self._steps)
+            ChunkStep(record.request, record.branch, record.step, *(tensor.cpu() for tensor in record.tensors))
+            for record in self.records()
         ]

@@ -1,22 +1,14 @@
-"""What cache guards decided: a record of each step, kept as tensors until somebody asks."""
+"""What cache guards decided, step by step."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
-from .artifact import StateSpec
-from .session import current_branch, current_session
+from .steplog import StepLog
 from .stopwatch import GuardTime, Stopwatch
 
 ONE_GRAPH = "the guard is part of one graph (lowering 'cond'), whose parts have no times of their own"
 UNMEASURED = "too few steps ran to tell: at least two that compute all samples"
-
-MOST_STEPS = 4096
-"""Steps of a program that are remembered; older ones are forgotten."""
 
 
 @dataclass(frozen=True)
@@ -88,31 +80,19 @@ class GuardStats:
         return tuple(found)
 
 
-class GuardLog:
-    """Collects what guards decided step by step, without waiting for a device."""
-
-    NAMES = ("cache.score", "cache.hit", "cache.run")
-    FINITE = "cache.finite"
+class GuardLog(StepLog):
+    """Collects what guards decided step by step, and takes the times of the steps."""
 
     def __init__(self) -> None:
+        super().__init__(("cache.score", "cache.hit", "cache.run"), ("cache.finite",))
         self.watch = Stopwatch()
-        self._steps: deque[tuple[str | None, str | None, int, tuple[torch.Tensor, ...]]] = deque(maxlen=MOST_STEPS)
-
-    def record(self, spec: StateSpec, step: int, state: Sequence[torch.Tensor]) -> None:
-        """Remembers the decisions in the state that the ``step``-th call of a branch returned."""
-        current = current_session()
-        by_name = {entry.name: tensor for entry, tensor in zip(spec.entries, state, strict=True)}
-        request = current.request if current is not None else None
-        # a tensor of a CUDA graph is overwritten by the next replay
-        names = [*self.NAMES, *([self.FINITE] if self.FINITE in by_name else [])]
-        self._steps.append((request, current_branch(), step, tuple(by_name[name].clone() for name in names)))
 
     def steps(self) -> list[GuardStep]:
         """What was decided so far, oldest first; waits for the device."""
         found = []
-        for request, branch, step, tensors in list(self._steps):
-            scores, hits, run, *seen = (tensor.tolist() for tensor in tensors)
+        for record in self.records():
+            scores, hits, run, *seen = (tensor.tolist() for tensor in record.tensors)
             finite = tuple(bool(value) for values in seen for value in values)
             numbers = tuple(scores), tuple(map(bool, hits)), tuple(int(r) for r in run)
-            found.append(GuardStep(request, branch, step, *numbers, finite))
+            found.append(GuardStep(record.request, record.branch, record.step, *numbers, finite))
         return found
