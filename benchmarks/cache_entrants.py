@@ -6,7 +6,6 @@ is faster: a cache that changes modules while they run makes torch.compile start
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -186,8 +185,3 @@ def _cache_dit(order: int) -> Callable[[nn.Module, Setting, int], Run]:
         return Run(denoiser_of(torch.compile(model)), lambda: forget)
 
     return prepare
-
-
-def copy_of(model: nn.Module) -> nn.Module:
-    """A copy whose hooks and compiled code are its own."""
-    return copy.deepcopy(model)

@@ -6,6 +6,7 @@ curves have the same PSNR.
 
 from __future__ import annotations
 
+import copy
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -29,7 +30,7 @@ from ditc.runtime.generate import Denoiser, Guidance, generate
 from ditc.runtime.quality import psnr, ssim
 from ditc.runtime.samplers import flow_sigmas
 
-from .cache_entrants import Entrant, Run, baselines, copy_of, ours, peers
+from .cache_entrants import Entrant, Run, baselines, ours, peers
 from .environment import describe
 from .report import markdown, preamble, write
 
@@ -169,7 +170,7 @@ def _measure(entrants: Sequence[Entrant], model: nn.Module, clips: int, steps: i
 
 def _prepare(entrant: Entrant, setting: Mapping[str, Any], model: nn.Module, steps: int, curve: Curve) -> Run | None:
     try:
-        run = entrant.prepare(copy_of(model), setting, steps)
+        run = entrant.prepare(copy.deepcopy(model), setting, steps)
         around: AbstractContextManager[Any] = run.around()
         with around:
             # enough steps to have been through everything that will be compiled

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -94,3 +94,15 @@ def device_of(graph: fx.GraphModule) -> torch.device:
     if fallback is not None and fallback.type != "meta":
         return fallback
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def ancestors(ends: Iterable[fx.Node], stop: Collection[fx.Node] = ()) -> dict[fx.Node, None]:
+    """``ends`` and all that they are computed from, up to ``stop``, which is left out; an ordered set."""
+    found: dict[fx.Node, None] = {}
+    pending = [node for node in ends if node not in stop]
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found[node] = None
+            pending += [operand for operand in node.all_input_nodes if operand not in stop]
+    return found

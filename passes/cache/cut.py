@@ -20,7 +20,7 @@ from ditc.runtime.branched import Arm, Branched, Part, nothing
 from ditc.runtime.stopwatch import Work
 
 from ..capture import INPUT, GraphInput, fake_mode_of
-from ..rewrite import input_of
+from ..rewrite import ancestors, input_of
 from ..trace import trace_here
 from .branches import OWNED, Branches
 from .decide import Decision
@@ -137,12 +137,7 @@ class _Cut:
 
 def _groups(graph: fx.Graph, cond: fx.Node) -> dict[fx.Node, str]:
     """Of each call the part that it belongs to: those of the guard say so themselves."""
-    needed, pending = set[fx.Node](), [cond]
-    while pending:
-        node = pending.pop()
-        if node not in needed:
-            needed.add(node)
-            pending += node.all_input_nodes
+    needed = ancestors([cond])
     groups: dict[fx.Node, str] = {}
     for node in graph.nodes:
         if PART in node.meta:
@@ -209,14 +204,9 @@ def inline(branch: fx.GraphModule, new: fx.Graph, operands: Sequence[fx.Node]) -
     inner = branch.graph.find_nodes(op="placeholder")
     copied = dict(zip(inner, operands, strict=True))
     values = [result.meta[OWNED] for result in branch.graph.output_node().args[0]]  # type: ignore[union-attr]
-    needed, pending = set[fx.Node](), [value for value in values if value not in copied]
-    while pending:
-        node = pending.pop()
-        if node not in needed:
-            needed.add(node)
-            pending += node.all_input_nodes
+    needed = ancestors(values, copied)
     for node in branch.graph.nodes:
-        if node in needed and node not in copied:
+        if node in needed:
             copied[node] = new.node_copy(node, copied.__getitem__)
     results: list[fx.Node] = []
     for value in values:

@@ -45,7 +45,7 @@ class GuardRegion:
         """Puts the guard in, or says why there is nothing to guard."""
         if not borders(graph, "exit"):
             return PassReport(self.name, 0)
-        _keep_gauges(graph, ctx)
+        keep_gauges(graph, ctx)
         exits, entries = borders(graph, "exit"), borders(graph, "entry")
         needs = rule_of(self.options).needs
         seen = {"entry": next((e for e in entries if e.meta.get(MAIN)), None)}
@@ -68,7 +68,7 @@ class GuardRegion:
         )
 
 
-def _keep_gauges(graph: fx.GraphModule, ctx: PassContext) -> None:
+def keep_gauges(graph: fx.GraphModule, ctx: PassContext) -> None:
     """A step that is reused repeats what the last computed one measured."""
     count = len(ctx.gauges)
     returned = list(graph.graph.output_node().args[0])  # type: ignore[arg-type]

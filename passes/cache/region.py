@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from torch import fx
+
+from ..rewrite import ancestors
 
 
 @dataclass(frozen=True)
@@ -33,27 +35,14 @@ def find_region(graph: fx.Graph, exits: Iterable[fx.Node], needed: Iterable[fx.N
         needed: nodes that are read in any case, besides what the graph returns.
     """
     ends = list(exits)
-    alive = _ancestors([graph.output_node(), *needed], stop=set(ends))
-    wanted = _ancestors([end.all_input_nodes[0] for end in ends], stop=alive)
+    alive = ancestors([graph.output_node(), *needed], stop=set(ends))
+    wanted = ancestors([end.all_input_nodes[0] for end in ends], stop=alive)
     inside = {node for node in wanted if node.op == "call_function" and not _item_of(node, alive)}
     nodes = tuple(node for node in graph.nodes if node in inside)
     read = {operand for node in nodes for operand in node.all_input_nodes if operand not in inside}
     return Region(nodes, tuple(node for node in graph.nodes if node in read), tuple(ends))
 
 
-def _item_of(node: fx.Node, outside: set[fx.Node]) -> bool:
+def _item_of(node: fx.Node, outside: Collection[fx.Node]) -> bool:
     """Whether a node picks one of several results of a node outside: those are no operands, their items are."""
     return node.target is operator.getitem and node.all_input_nodes[0] in outside
-
-
-def _ancestors(ends: Iterable[fx.Node], stop: set[fx.Node]) -> set[fx.Node]:
-    """``ends`` and all that they are computed from, up to ``stop``, which is left out."""
-    found: set[fx.Node] = set()
-    pending = [node for node in ends if node not in stop]
-    while pending:
-        node = pending.pop()
-        if node in found:
-            continue
-        found.add(node)
-        pending += [operand for operand in node.all_input_nodes if operand not in stop]
-    return found

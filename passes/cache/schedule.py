@@ -19,7 +19,7 @@ from ditc.runtime.branched import Arm, Branched, Part, nothing
 from ditc.runtime.hosted import Embedded, Remembered
 
 from ..capture import INPUT, GraphInput
-from ..rewrite import aten, device_of, input_of
+from ..rewrite import ancestors, aten, device_of, input_of
 from .borders import BORDER
 from .cut import Guard, Lower, count_missing, drop_unread, extract, inline
 from .state import FINITE, PART
@@ -45,11 +45,11 @@ def obstacle(
     """
     allowed = {*host, f"cache.{FINITE}", "cache.controls", *([timestep] if timestep is not None else [])}
     results = [guard.decided.hit, *_new_state(graph, state, host).values()]
-    read = _ancestors(results)
+    read = ancestors(results)
     facts = [input_of(node) for node in read if node.op == "placeholder"]
     others = [fact for fact in facts if fact.name not in allowed and not (timestep is not None and fact.is_weight)]
     if not others:
-        strange = sorted({str(n.target) for n in _ancestors(_given(graph, results)) if not _runs_anywhere(n)})
+        strange = sorted({str(n.target) for n in ancestors(_given(graph, results)) if not _runs_anywhere(n)})
         return f"the host cannot run {' and '.join(strange)}" if strange else None
     data = sorted(repr(fact.name) for fact in others if fact.kind == "data")
     what = " and ".join(data) or f"the {others[0].kind} {others[0].name!r}"
@@ -105,22 +105,10 @@ def _new_state(graph: fx.GraphModule, state: Sequence[str], host: frozenset[str]
     }
 
 
-def _ancestors(nodes: Iterable[fx.Node], ends: Sequence[fx.Node] = ()) -> list[fx.Node]:
-    """``nodes`` and all that they are made of, up to ``ends`` where these are met."""
-    found: dict[fx.Node, None] = {}
-    pending = list(nodes)
-    while pending:
-        node = pending.pop()
-        if node not in found:
-            found[node] = None
-            pending += node.all_input_nodes if node not in ends else ()
-    return list(found)
-
-
 def _given(graph: fx.GraphModule, results: Sequence[fx.Node]) -> list[fx.Node]:
     """Of what makes ``results``, in program order: what data and weights alone make, where it is a result or others
     read it."""
-    carried, outside, mine = set[fx.Node](), set[fx.Node](), set(_ancestors(results))
+    carried, outside, mine = set[fx.Node](), set[fx.Node](), ancestors(results)
     for node in graph.graph.nodes:
         if node not in mine:
             continue
@@ -143,7 +131,7 @@ def _runs_anywhere(node: fx.Node) -> bool:
 def _embedding(graph: fx.GraphModule, given: Sequence[fx.Node]) -> tuple[fx.GraphModule, list[fx.Node], int]:
     """What makes ``given``, for the host; what it takes, weights last, and how many of these there are."""
     order = {node: i for i, node in enumerate(graph.graph.nodes)}
-    nodes = [n for n in _ancestors(given) if n.op == "call_function"]
+    nodes = [n for n in ancestors(given) if n.op == "call_function"]
     module, reads = extract(graph, sorted(nodes, key=order.__getitem__), given)
     places = _inputs(module)
     weights = [i for i, read in enumerate(reads) if input_of(read).is_weight]
@@ -208,7 +196,7 @@ def _on_host(
     """What the host computes from what is ``given`` and its state, and what of these the programs are fed, on their
     device."""
     order = {node: i for i, node in enumerate(graph.graph.nodes)}
-    nodes = [n for n in _ancestors([*results, *feeds], given) if n.op == "call_function" and n not in given]
+    nodes = [n for n in ancestors([*results, *feeds], given) if n.op == "call_function"]
     module, reads = extract(graph, sorted(nodes, key=order.__getitem__), [*results, *feeds])
     device = device_of(graph)
     _stay(module)

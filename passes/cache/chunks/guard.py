@@ -15,7 +15,7 @@ from ditc.runtime.artifact import StateSpec
 from ...base import PassContext, PassReport, Skip
 from ...rewrite import aten
 from ..borders import BORDER, borders, remove_borders
-from ..guard import _keep_gauges
+from ..guard import keep_gauges
 from ..options import CacheOptions
 from ..region import find_region
 from .branches import branch
@@ -56,7 +56,7 @@ class ChunkRegion:
         if not borders(graph, "exit"):
             return PassReport(self.name, 0)
         assert ctx.structure is not None
-        _keep_gauges(graph, ctx)
+        keep_gauges(graph, ctx)
         exits, entries = borders(graph, "exit"), borders(graph, "entry")
         region = find_region(graph.graph, exits, entries)
         try:

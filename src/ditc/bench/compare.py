@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ditc.passes.plan import Plan
 from ditc.runtime.guards import GuardStats
-from ditc.runtime.session import session
+from ditc.runtime.session import Session, session
 
 from ..api import Stats, stats
 from ..api import compile as compile_module
@@ -45,14 +45,14 @@ class Comparison:
     ran: Stats
     guard: GuardStats | None
     steps: int
-    device: str = field(default="cpu")
+    device: str
 
     def to_data(self) -> dict[str, Any]:
         """Everything, as JSON holds it."""
         guard = None
         if self.guard is not None:
-            guard = {"hit_rate": self.guard.hit_rate, "warnings": self.guard.warnings, "steps": self.guard.steps}
-            guard["steps"] = [asdict(step) for step in self.guard.steps]
+            steps = [asdict(step) for step in self.guard.steps]
+            guard = {"hit_rate": self.guard.hit_rate, "warnings": self.guard.warnings, "steps": steps}
         return {
             "plan": self.plan.to_options(), "device": self.device, "threads": torch.get_num_threads(),
             "torch": torch.__version__, "steps": self.steps, "results": [asdict(result) for result in self.results],
@@ -168,8 +168,6 @@ def _call(model: Callable[..., Any], walk: Callable[[int], dict[str, Any]]) -> C
 
 def _in_generations(model: nn.Module, walk: Callable[[int], dict[str, Any]], steps: int) -> Call:
     """Calls that belong to one session for each ``steps`` of them."""
-    from ditc.runtime.session import Session
-
     current = [Session(steps=steps)]
 
     def call(step: int) -> Tensor:
