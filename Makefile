@@ -9,8 +9,10 @@ TRITON ?= triton>=3.9,<3.10
 
 # tests run in as many processes as there are cores, each with one thread of torch's
 WORKERS ?= $(shell $(PYTHON) -c "import os; print(min(os.cpu_count() or 1, 8))")
+# of `make explore`
+SEED := $(or $(SEED),$(shell date +%s))
 
-.PHONY: demo test lint types unit gpu bench teacher students clean
+.PHONY: demo test lint types unit explore gpu bench teacher students clean
 
 $(BIN)/.ready: pyproject.toml
 	# a PyTorch that is there already (a CUDA build, say) is used; pip takes the rest from the index
@@ -37,6 +39,11 @@ unit: $(BIN)/.ready
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 	# interpreting and compiling in one process is not possible
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) tests/kernels/triton
+
+# the property tests with examples never drawn before: `make explore SEED=7`
+explore: $(BIN)/.ready
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --explore $(SEED)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) tests/kernels/triton --explore $(SEED)
 
 bench: $(BIN)/.ready
 	$(BIN)/python -m pip install --quiet --editable ".[bench]"

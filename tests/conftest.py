@@ -12,17 +12,47 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import register_random, settings
 
 GOLDEN = Path(__file__).parent / "golden"
 ZOO = Path(__file__).parent / "zoo"
 Built = tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]
+NUMBERS = pytest.StashKey["TorchNumbers"]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--accept", action="store_true", help="write golden files instead of comparing with them")
+    parser.addoption(
+        "--explore",
+        type=int,
+        metavar="SEED",
+        help="draw examples of properties anew, torch's numbers from SEED; without it they are the same in every run",
+    )
+
+
+class TorchNumbers:
+    """torch's global generator as Hypothesis wants it: every example begins at the seed, so that it can be repeated."""
+
+    def __init__(self, seed: int) -> None:
+        self.own = seed
+
+    def seed(self, value: int) -> None:
+        torch.manual_seed(self.own + value)
+
+    def getstate(self) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def setstate(self, state: torch.Tensor) -> None:
+        torch.set_rng_state(state)
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    seed = config.getoption("--explore")
+    config.stash[NUMBERS] = TorchNumbers(seed or 0)  # Hypothesis keeps a weak reference
+    register_random(config.stash[NUMBERS])
+    # what somebody changed is judged by this run, not whether an example of chance was kind
+    settings.register_profile("ditc", derandomize=seed is None)
+    settings.load_profile("ditc")
     if hasattr(config, "workerinput"):
         # one process for each core: more threads would only wait for each other
         torch.set_num_threads(1)

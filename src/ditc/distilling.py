@@ -28,7 +28,7 @@ def distill(
     from .distill.artifact import FIGURES, write_student
     from .distill.configure import configure
     from .distill.loop import run_training
-    from .distill.parallel import joined
+    from .distill.parallel import joined, leave
     from .distill.training import Training
     from .distill.weights import read_weights
 
@@ -59,3 +59,4 @@ def distill(
         if world.leads and as_json:
             quality = json.loads((folder / FIGURES).read_text("utf-8"))
             typer.echo(json.dumps({"student": str(folder), "updates": training.update, **quality}))
+    leave()

@@ -9,7 +9,7 @@ from toys import tiny_subject
 from ditc.distill.artifact import write_student
 from ditc.distill.loop import run_training
 from ditc.distill.methods.dmd2 import DMD2
-from ditc.distill.parallel import joined
+from ditc.distill.parallel import joined, leave
 from ditc.distill.run import Run
 from ditc.distill.training import Training
 
@@ -26,3 +26,4 @@ if __name__ == "__main__":
         training = Training(tiny_subject(), METHOD, options(int(sys.argv[2])), world)
         run_training(training, out)
         write_student(training, out)
+    leave()

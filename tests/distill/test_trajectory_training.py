@@ -16,7 +16,7 @@ from ditc.distill.methods.consistency import Consistency
 from ditc.distill.methods.meanflow import MeanFlow
 from ditc.distill.methods.perflow import PeRFlow
 from ditc.distill.methods.progressive import FINISHED, PREVIOUS, Progressive
-from ditc.distill.parallel import World, joined, whole_state
+from ditc.distill.parallel import World, joined, leave, whole_state
 from ditc.distill.run import Run
 from ditc.distill.subject import Draw, Subject
 from ditc.distill.training import Training
@@ -119,3 +119,4 @@ if __name__ == "__main__":
             state = state_after(method, world)
             if world.leads:
                 torch.save(state, Path(sys.argv[1]) / f"{place}.pt")
+    leave()
