@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,9 +36,12 @@ def programs_of(module: torch.nn.Module) -> list[Program]:
     return sorted(found, key=lambda program: program.number)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Owner:
-    """A weight by which a module is known, the calls made with it, and the sums of what they measured."""
+    """A weight by which a module is known, the calls made with it, and the sums of what they measured.
+
+    Modules of one class may share a program; each has state of its own, which this object names.
+    """
 
     weight: weakref.ref[Any]
     calls: int = 0
@@ -66,6 +69,7 @@ class _Variant:
     def __init__(self, artifact: Artifact) -> None:
         self.artifact = artifact
         weights = [self._name(i) for i in artifact.prepare_inputs]
+        self._kept: tuple[Sequence[int], list[str]] = ((), [])
         releasable = [k for k, i in enumerate(artifact.prepare_inputs) if i in artifact.releasable]
         self.weights = (
             WeightCache(artifact.prepare, artifact.watch_weights, releasable, weights) if artifact.prepare else None
@@ -87,9 +91,9 @@ class _Variant:
     def __call__(self, inputs: tuple[Any, ...], state: tuple[torch.Tensor, ...], thorough: bool, laps: Laps) -> Any:
         """Takes the caller's inputs and the state; returns outputs and new state. Times of parts go to ``laps``."""
         artifact = self.artifact
-        kept = range(len(inputs)) if artifact.kept_inputs is None else artifact.kept_inputs
+        kept, names = self._kept_of(len(inputs))
         values = [inputs[i] for i in kept]
-        refuse_released(values, [self._name(i) for i in kept])
+        refuse_released(values, names)
         if self.weights is not None:
             values += self.weights.get([inputs[i] for i in artifact.prepare_inputs], thorough)
         values += state
@@ -97,6 +101,13 @@ class _Variant:
             for segment in artifact.segments:
                 values = segment.run(values, laps) if isinstance(segment, Branched) else segment(*values)  # type: ignore[assignment]
         return values
+
+    def _kept_of(self, count: int) -> tuple[Sequence[int], list[str]]:
+        """Positions and names of those of ``count`` inputs that the segments take; looked up once."""
+        if not self._kept[1]:
+            kept = range(count) if self.artifact.kept_inputs is None else self.artifact.kept_inputs
+            self._kept = kept, [self._name(i) for i in kept]
+        return self._kept
 
     def _name(self, position: int) -> str:
         names = self.artifact.input_names
@@ -135,9 +146,13 @@ class Program:
             DitcError: the last steps are to be precise, and nobody said which step is the last.
         """
         artifact = self.artifact
-        slot = self._slot(inputs) if self._needs_slot else Slot()
+        owner = self._owner(inputs)
+        slot = self._slot(inputs, owner) if self._needs_slot else Slot()
         variant = self._variant(slot.calls)
-        owner = self._count_call(inputs, variant is self._precise)
+        self.calls += 1
+        if owner is not None:
+            owner.calls += 1
+            owner.precise += variant is self._precise
         state: tuple[torch.Tensor, ...] = ()
         if artifact.state.entries:
             state = slot.tensors or artifact.state.initial(self._device(inputs), inputs)
@@ -189,7 +204,7 @@ class Program:
             raise DitcError(last_unknown(f"precise_last={last}"))
         return self._precise if step < first or step >= current.steps - last else self._main
 
-    def _slot(self, inputs: tuple[Any, ...]) -> Slot:
+    def _slot(self, inputs: tuple[Any, ...], owner: _Owner | None) -> Slot:
         artifact = self.artifact
         signature = tuple(tuple(inputs[i].shape) for i in artifact.data_inputs)
         timestep: float | None = None
@@ -197,14 +212,14 @@ class Program:
             value = inputs[artifact.timestep]
             if not (value.is_cuda and torch.cuda.is_current_stream_capturing()) and value.numel():
                 timestep = float(value.reshape(-1)[0])
-        return find_slot(self, signature, timestep)
+        return find_slot(self if owner is None else owner, signature, timestep)
 
     def _device(self, inputs: tuple[Any, ...]) -> torch.device:
         first: torch.Tensor = next(inputs[i] for i in self.artifact.data_inputs)
         return first.device
 
-    def _count_call(self, inputs: tuple[Any, ...], precise: bool) -> _Owner | None:
-        self.calls += 1
+    def _owner(self, inputs: tuple[Any, ...]) -> _Owner | None:
+        """Whose call it is; ``None`` where the program takes no weights."""
         if self.artifact.owner is None:
             return None
         weight = inputs[self.artifact.owner]
@@ -212,9 +227,8 @@ class Program:
         if entry is None or entry.weight() is not weight:
             with self._lock:
                 self._owners = {k: e for k, e in self._owners.items() if e.weight() is not None}
-                self._owners[id(weight)] = entry = _Owner(weakref.ref(weight))
-        entry.calls += 1
-        entry.precise += precise
+                # another thread may have come first, and both have to find the same state
+                entry = self._owners.setdefault(id(weight), _Owner(weakref.ref(weight)))
         return entry
 
     def calls_by(self, owned: dict[int, torch.Tensor]) -> int:

@@ -27,7 +27,10 @@ Signature = tuple[tuple[int, ...], ...]
 
 @dataclass
 class Slot:
-    """The state of one program in one guidance branch of one trajectory; ``tensors`` is ``None`` before a step."""
+    """The state of one module in one program, of one guidance branch of one trajectory.
+
+    ``tensors`` is ``None`` before a step.
+    """
 
     tensors: tuple[torch.Tensor, ...] | None = None
     calls: int = 0
@@ -77,7 +80,7 @@ class Trajectory:
 
 @dataclass(eq=False)
 class Session:
-    """All state of one trajectory: a slot for each program, branch and set of input shapes.
+    """All state of one trajectory: a slot for each module and program, branch and set of input shapes.
 
     A session may be entered again (``with session(resume)``) to interleave the steps of several requests. ``steps`` is
     how many calls each branch of the generation will make, where somebody said so; ``cache`` what cache guards are
@@ -92,10 +95,10 @@ class Session:
     )
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def slot(self, program: object, branch: str | None, signature: Signature) -> Slot:
-        """The slot of ``program``; it is fresh when this combination has not run in this session."""
+    def slot(self, whose: object, branch: str | None, signature: Signature) -> Slot:
+        """The slot of ``whose``; it is fresh when this combination has not run in this session."""
         with self._lock:
-            return self._slots.setdefault(program, {}).setdefault((branch, signature), Slot())
+            return self._slots.setdefault(whose, {}).setdefault((branch, signature), Slot())
 
     def reset(self) -> None:
         """Forgets all state: the next step begins a new generation."""
@@ -113,15 +116,15 @@ _branch: ContextVar[str | None] = ContextVar("ditc_branch", default=None)
 
 
 class _Implicit(threading.local):
-    """What a thread's calls without a session share: one trajectory and one generation's state per program."""
+    """What a thread's calls without a session share: one trajectory and one generation's state per module."""
 
     def __init__(self) -> None:
-        self.programs: weakref.WeakKeyDictionary[Any, dict[str | None, tuple[Trajectory, Session]]] = (
+        self.modules: weakref.WeakKeyDictionary[Any, dict[str | None, tuple[Trajectory, Session]]] = (
             weakref.WeakKeyDictionary()
         )
 
     def clear(self) -> None:
-        self.programs.clear()
+        self.modules.clear()
 
 
 _implicit = _Implicit()
@@ -180,12 +183,18 @@ def branch(name: str) -> Iterator[None]:
         _branch.reset(token)
 
 
-def find_slot(program: object, signature: Signature, timestep: float | None) -> Slot:
-    """The slot that a call of ``program`` belongs to: by session and branch, or else by its timestep."""
+def find_slot(whose: object, signature: Signature, timestep: float | None) -> Slot:
+    """The slot that a call belongs to: by session and branch, or else by its timestep.
+
+    Args:
+        whose: what names a module in a program; the slot lives no longer than it.
+        signature: shapes of the call's data.
+        timestep: of the call, where it can be read.
+    """
     mine, name = _session.get(), _branch.get()
     if mine is not None:
-        return mine.slot(program, name, signature)
-    branches = _implicit.programs.setdefault(program, {})
+        return mine.slot(whose, name, signature)
+    branches = _implicit.modules.setdefault(whose, {})
     if name not in branches:
         branches[name] = (Trajectory(), Session("implicit"))
     trajectory, state = branches[name]
@@ -193,7 +202,7 @@ def find_slot(program: object, signature: Signature, timestep: float | None) -> 
     generation, guessed = trajectory.observe(timestep)
     if generation != before:
         state.reset()
-    return state.slot(program, name or guessed, signature)
+    return state.slot(whose, name or guessed, signature)
 
 
 def end_generation() -> None:

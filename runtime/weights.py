@@ -46,7 +46,7 @@ class PackedWeights:
     """What was packed from one set of weights, and how those weights looked then.
 
     ``live`` are the positions of the weights that were not released; ``bits``, ``samples`` and ``checksum`` are
-    theirs alone.
+    theirs alone, and whether all of them were ``contiguous``: else bits are copies, which see no later edit.
     """
 
     sources: tuple[weakref.ref[torch.Tensor], ...]
@@ -56,6 +56,7 @@ class PackedWeights:
     samples: list[torch.Tensor]
     sampled: list[torch.Tensor]
     checksum: torch.Tensor
+    contiguous: bool
     result: Packed
     checksum_due: float = 0.0
 
@@ -74,6 +75,7 @@ class PackedWeights:
             [sums.sample(b) for b in bits],
             _gather([result.looks[i].sample for i in live]),
             torch.stack(checksums) if checksums else sums.checksum(()),
+            all(weights[i].is_contiguous() for i in live),
             result,
         )
 
@@ -86,12 +88,12 @@ class PackedWeights:
         for weight, source, mark in zip(weights, self.sources, self.marks, strict=True):
             if source() is not weight or mark != _mark(weight):
                 return False
-        live = [weights[i] for i in self.live]
-        if any(w.device.type == "cuda" for w in live[:1]) and torch.cuda.is_current_stream_capturing():
+        live = self.live
+        if live and weights[live[0]].device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return True  # values cannot be read while a CUDA graph is recorded
-        contiguous = all(w.is_contiguous() for w in live)
-        bits = self.bits if contiguous else [sums.bits_of(w) for w in live]
-        samples = self.samples if contiguous else [sums.sample(b) for b in bits]
+        # strides are the same as then: Dynamo guards them
+        bits = self.bits if self.contiguous else [sums.bits_of(weights[i]) for i in live]
+        samples = self.samples if self.contiguous else [sums.sample(b) for b in bits]
         if not all(torch.equal(a, b) for a, b in zip(_gather(samples), self.sampled, strict=True)):
             return False
         return not thorough or self._checksum_holds(bits)
@@ -100,10 +102,11 @@ class PackedWeights:
         start = time.perf_counter()
         if start < self.checksum_due:
             return True
-        holds = torch.equal(sums.checksum(bits), self.checksum)
+        if not torch.equal(sums.checksum(bits), self.checksum):
+            return False  # and due again: the next to ask must not take silence for an answer
         end = time.perf_counter()
         self.checksum_due = end + (end - start) / CHECKSUM_SHARE
-        return holds
+        return True
 
 
 def _gather(samples: Sequence[torch.Tensor]) -> list[torch.Tensor]:

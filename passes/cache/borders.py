@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, fx
 
-from ..rewrite import calls, new_call
+from ..rewrite import aten, calls, new_call
 from .frames import Frames
 
 BORDER = "ditc_border"
@@ -65,6 +65,23 @@ def mark(graph: fx.GraphModule, node: fx.Node, what: Border) -> fx.Node:
     found.meta = {**found.meta, BORDER: what, "val": node.meta["val"]}
     node.replace_all_uses_with(found, delete_user_cb=lambda user: user is not found)
     return found
+
+
+def straighten(graph: fx.GraphModule) -> None:
+    """Makes what borders look at contiguous in front of them.
+
+    A stream that a convolution embedded is often a transposed view of its result, and sums with it stay transposed.
+    Inside of one graph a compiler chooses another layout; across the edges of a region values have the strides that
+    the graph says, and every part would pay for these.
+    """
+    for node in calls(graph, torch.ops.ditc.border.default):
+        seen = node.all_input_nodes[0]
+        if node.meta[BORDER].kind == "exit" or seen.target is node.target or seen.meta["val"].is_contiguous():
+            continue
+        with graph.graph.inserting_before(node):
+            copy = new_call(graph, seen, aten.clone.default, (seen,), memory_format=torch.contiguous_format)
+        copy.meta["val"] = seen.meta["val"]
+        node.replace_input_with(seen, copy)
 
 
 def borders(graph: fx.GraphModule, kind: Kind) -> list[fx.Node]:

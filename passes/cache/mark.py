@@ -13,7 +13,7 @@ from ..base import PassContext, PassReport, Skip
 from ..capture import INPUT
 from ..rewrite import aten, calls, facts_of
 from ..structure import Block, Role, Stream, Structure
-from .borders import MAIN, Border, mark
+from .borders import MAIN, Border, mark, straighten
 from .frames import Frames, find_frames
 from .inside import Inside
 from .options import CacheOptions
@@ -91,6 +91,7 @@ class MarkBorders:
         wanted += [(at, Border("place", batch, place=i, frames=f)) for i, (at, f) in looks.items() if i]
         for node, what in wanted:
             mark(graph, node, what).meta[MAIN] = node is main and what.kind == "entry"
+        straighten(graph)
         where = f"blocks {front} to {len(chain) - back - 1} of {len(chain)}, {len(entries)} in, {len(exits)} out"
         each = "each sample decides" if batch else "one decision for all samples: dimension 0 is not the batch alone"
         details = (where, each, *_looks(self.options, looks))
