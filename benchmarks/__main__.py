@@ -144,7 +144,12 @@ def attention_quality(
 
 @app.command()
 def caches(
-    clips: Annotated[int, typer.Option(min=2, help="clips drawn with each setting; the first is not timed")] = 20,
+    clips: Annotated[
+        int,
+        typer.Option(
+            min=5, help="clips drawn with each setting, for a Fréchet distance at least 5; the first is not timed"
+        ),
+    ] = 20,
     steps: Annotated[int, typer.Option(min=4, help="of a generation")] = 50,
     only: Annotated[list[str] | None, typer.Option(help="part of an entrant's name; may be repeated")] = None,
     quantize: Annotated[str | None, typer.Option(help="format of ditc's linears below the caches")] = None,

@@ -114,11 +114,15 @@ def measure_group(
         tempfile.TemporaryDirectory() as folder,
         torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=4096),
     ):
-        entrants = list(baselines(more))
+        entrants, learned = list(baselines(more)), _calibrate(model, steps)
         if group == "ditc":
-            entrants += ours(str(_calibrate(model, steps, Path(folder))), more, steps)
+            path = Path(folder) / "digits.calibration.safetensors"
+            learned.save(path)
+            entrants += ours(str(path), more, steps)
         else:
-            entrants = [e for e in entrants if e.name == REFERENCE] + [e for e in peers() if e.name.startswith(group)]
+            ratios = learned.cache.ratios if learned.cache is not None else ()
+            entrants = [e for e in entrants if e.name == REFERENCE]
+            entrants += [e for e in peers(ratios) if e.name.startswith(group)]
         chosen = [e for e in entrants if e.name == REFERENCE or not only or any(part in e.name for part in only)]
         curves = _measure(chosen, model, clips, steps, clock) if len(chosen) > 1 else []
     base = [curve.seconds for curve in curves if curve.name == REFERENCE]
@@ -128,16 +132,14 @@ def measure_group(
     return [curve for curve in curves if group == "ditc" or curve.name != REFERENCE]
 
 
-def _calibrate(model: nn.Module, steps: int, folder: Path) -> Path:
+def _calibrate(model: nn.Module, steps: int) -> ditc.Calibration:
     """What policies learn of a model, from two generations far from the seeds that are measured."""
 
     def run_two(transformer: nn.Module) -> None:
         for label in range(2):
             draw(denoiser_of(transformer), label, _CALIBRATION_SEED + label, steps)
 
-    path = folder / "digits.calibration.safetensors"
-    ditc.calibrate(model, run_two, formats=["int8"]).save(path)
-    return path
+    return ditc.calibrate(model, run_two, formats=["int8"])
 
 
 def _measure(entrants: Sequence[Entrant], model: nn.Module, clips: int, steps: int, clock: Clock) -> list[Curve]:

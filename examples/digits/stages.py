@@ -14,7 +14,7 @@ from ditc.runtime.samplers import Sampler
 from ditc.runtime.students import MANIFEST, read_manifest
 
 STUDENTS = Path(__file__).parent / "students"
-CACHE: Mapping[str, Any] = {"policy": "fixed", "interval": 6, "order": 1, "warmup": 3}
+CACHE: Mapping[str, Any] = {"policy": "fixed", "scope": "model", "interval": 1, "growth": 1.3, "order": 2}
 """What the caching stages skip by: see the suite `caches` of the benchmarks for the curve that it is a point of."""
 
 

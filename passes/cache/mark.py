@@ -39,7 +39,8 @@ class MarkBorders:
     3. For policies that look at it, what the first block's first linear reads becomes ``indicator``; or, where the
        plan says so, the embedding of the timestep.
     4. For policies that look inside, the main stream behind some of the blocks becomes a ``place``.
-    5. A policy that skips the whole model has the latent as its entry and the model's output as its exit.
+    5. Where the whole model is skipped, the latent is the entry and the model's output the exit: a residual to it
+       where both have one shape.
     """
 
     options: CacheOptions
@@ -53,9 +54,9 @@ class MarkBorders:
             return PassReport(self.name, 0)
         nodes = {node.name: node for node in graph.graph.nodes}
         needs = rule_of(self.options).needs
-        if self.options.policy == "easycache":
-            return self._whole(graph, structure)
         chain = _chain(structure, nodes)
+        if self.options.whole:
+            return self._whole(graph, structure, chain, nodes)
         front, back = self.options.front_blocks, self.options.back
         if not chain:
             # a graph may be a fragment, or no transformer: there is no candidate, which is no error
@@ -97,14 +98,24 @@ class MarkBorders:
         details = (where, each, *_looks(self.options, looks))
         return PassReport(self.name, len(wanted), requested=True, details=details)
 
-    def _whole(self, graph: fx.GraphModule, structure: Structure) -> PassReport:
+    def _whole(
+        self, graph: fx.GraphModule, structure: Structure, chain: Sequence[_Link], nodes: dict[str, fx.Node]
+    ) -> PassReport:
         outputs = [n for n in graph.graph.output_node().args[0] if isinstance(n, fx.Node)]  # type: ignore[union-attr]
         axis = structure.token_axis.name if structure.token_axis is not None else None
         latent = next((n for n in graph.graph.find_nodes(op="placeholder") if n.meta[INPUT].name == axis), None)
-        if len(outputs) != 1 or latent is None or _sizes(latent) != _sizes(outputs[0]):
-            return self._nothing("the model does not turn one latent into one output of its shape")
-        mark(graph, outputs[0], Border("exit", True, (0,)))
-        mark(graph, latent, Border("entry", True)).meta[MAIN] = True
+        if len(outputs) != 1 or latent is None:
+            return self._nothing("the model does not turn one latent into one output")
+        output, looks = outputs[0], "indicator" in rule_of(self.options).needs
+        indicator = self._indicator(graph, chain[0], nodes) if looks and chain else None
+        if looks and indicator is None:
+            return self._nothing(_NOT_THERE[self.options.indicator])
+        batch = all(map(_has_batch, [output, latent, *([indicator] if indicator is not None else [])]))
+        mark(graph, output, Border("exit", batch, (0,) if _sizes(latent) == _sizes(output) else ()))
+        mark(graph, latent, Border("entry", batch)).meta[MAIN] = True
+        if indicator is not None:
+            mark(graph, indicator, Border("indicator", batch))
+        straighten(graph)
         return PassReport(self.name, 2, requested=True, details=("the whole model",))
 
     def _indicator(self, graph: fx.GraphModule, first: _Link, nodes: dict[str, fx.Node]) -> fx.Node | None:

@@ -50,6 +50,11 @@ class CacheOptions(BaseModel):
     threshold: float | None = Field(
         None, ge=0, description="change up to which is reused; each policy has its own scale"
     )
+    scope: Literal["blocks", "model"] | None = Field(
+        None,
+        description="what is skipped: the blocks, or the whole model but for what the policy looks at; easycache "
+        "always skips the model, first-block, bwcache and adacache always blocks",
+    )
     front: int | None = Field(None, ge=0, description="blocks that always run, in front (first-block: 1)")
     back: int = Field(0, ge=0, description="blocks that always run, behind")
     warmup: int | None = Field(None, ge=0, description="steps at the start that are always computed")
@@ -62,7 +67,8 @@ class CacheOptions(BaseModel):
     max_run: int = Field(
         0, ge=0, description="longest run of reused steps; 0 for any length (bwcache: for a tenth of all steps)"
     )
-    interval: int = Field(2, ge=2, description="policy 'fixed': every how many steps one is computed")
+    interval: int = Field(2, ge=1, description="policy 'fixed': every how many steps one is computed")
+    growth: float = Field(1.0, ge=1, le=4, description="policy 'fixed': each interval is so many times the one before")
     indicator: Indicator = Field(
         "modulated",
         description="what the policy 'teacache' looks at: what the first block's first linear reads, or the embedding "
@@ -101,8 +107,15 @@ class CacheOptions(BaseModel):
             raise ValueError("threshold means nothing to the policy 'fixed': it counts steps, see interval")
         if self.policy == "first-block" and self.front == 0:
             raise ValueError("the policy 'first-block' looks at what the front blocks do: front is at least 1")
-        if self.policy == "easycache" and (self.front or self.back):
-            raise ValueError("the policy 'easycache' skips the whole model: it has no front or back blocks")
+        alone = {"easycache": "model", "first-block": "blocks", "bwcache": "blocks", "adacache": "blocks"}
+        if self.scope is not None and self.scope != alone.get(self.policy, self.scope):
+            raise ValueError(f"the policy {self.policy!r} has the scope {alone[self.policy]!r} and no other")
+        if self.whole and (self.front or self.back):
+            raise ValueError("where the whole model is skipped, there are no front or back blocks")
+        if (self.interval, self.growth) != (2, 1.0) and self.policy != "fixed":
+            raise ValueError(f"interval and growth belong to the policy 'fixed', not to {self.policy!r}")
+        if self.interval == 1 and self.growth == 1:
+            raise ValueError("interval=1 computes every step: reuse begins at 2, or with growth above 1")
         if self.indicator != "modulated" and self.policy != "teacache":
             raise ValueError(f"indicator belongs to the policy 'teacache', not to {self.policy!r}")
         self._check_numbers()
@@ -135,6 +148,11 @@ class CacheOptions(BaseModel):
         return self.policy in ("teacache", "magcache") and not self.table and self.indicator == "modulated"
 
     @property
+    def whole(self) -> bool:
+        """Whether the whole model is skipped."""
+        return self.policy == "easycache" or self.scope == "model"
+
+    @property
     def front_blocks(self) -> int:
         """How many blocks in front always run."""
         return self.front if self.front is not None else int(self.policy == "first-block")
@@ -154,6 +172,7 @@ class CacheOptions(BaseModel):
             "last": float(last),
             "max_run": float(self.max_run),
             "interval": float(self.interval),
+            "growth": self.growth,
             "steps": 0.0,
         }
         if self.policy == "bwcache":

@@ -159,18 +159,33 @@ class EasyCache:
 
 
 class Fixed:
-    """Every ``interval``-th step is computed."""
+    """Computed are the first steps at or behind 0, i, i + i g, i + i g + i g², ...: every ``interval``-th step, each
+    interval ``growth`` times as long as the one before, as early steps change more than late ones (the computation
+    masks of cache-dit have it so). The score is the part of an interval that has passed."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
     vectors: ClassVar[tuple[str, ...]] = ()
     tensors: ClassVar[Mapping[str, str]] = {}
 
     def decide(self, seen: Seen, state: State, controls: Controls, table: Tensor) -> tuple[Tensor, Tensor, State]:
-        phase = torch.remainder(seen.step.float(), controls["interval"])
-        return phase >= 1, phase, {}
+        now, before = (_intervals(seen.step.float() - back, controls) for back in (0, 1))
+        return now.floor() <= before.floor(), now - now.floor(), {}
 
     def settle(self, seen: Seen, state: State, decided: State, hit: Tensor) -> State:
         return {}
+
+
+def _intervals(step: Tensor, controls: Controls) -> Tensor:
+    """How many of :class:`Fixed`'s intervals have passed at a step: k where a sum of k powers of the growth is."""
+    first, more = controls["interval"].clamp(min=1), controls["growth"].clamp(min=1) - 1
+    passed = step.clamp(min=0) / first
+    grown = torch.log1p(passed * more) / torch.log1p(more.clamp(min=_EVEN))
+    # logarithms of other libraries must not move an interval by a step
+    return torch.where(more > _EVEN, grown, passed) + _EVEN
+
+
+_EVEN = 1e-4
+"""Growth above 1 that counts as none, and share of an interval that counts as nothing."""
 
 
 def allowed(step: Tensor, run: Tensor, controls: Controls) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 import ditc
 from ditc.passes.backend import UntouchedWarning
 from ditc.passes.cache.forecast import differences, forecast
+from ditc.passes.cache.policy import Fixed, Seen
 from ditc.passes.cache.rules import RULES
 from ditc.passes.errors import PlanError
 from ditc.passes.plan import Plan
@@ -28,6 +31,8 @@ EVERY: Mapping[str, Options] = {
     "easycache": {"policy": "easycache"},
     "magcache": {"policy": "magcache", "ratios": [1.0] * STEPS},
     "bwcache": {"policy": "bwcache", "max_run": STEPS, "last": 0},
+    "teacache, model": {"policy": "teacache", "scope": "model"},
+    "magcache, model": {"policy": "magcache", "scope": "model", "ratios": [1.0] * STEPS},
 }
 
 
@@ -68,7 +73,7 @@ def test_a_guard_that_never_reuses_changes_no_bit(model: nn.Module, name: str, b
     inputs = latents(batch)
     exact = draw(compiled(model, EVERY[name] | {"warmup": STEPS}), inputs)
     assert all(map(torch.equal, exact, draw(model, inputs)))
-    if name != "magcache":  # whose error is zero where magnitudes do not change
+    if "magcache" not in name:  # whose error is zero where magnitudes do not change
         assert all(map(torch.equal, exact, draw(compiled(model, EVERY[name] | {"threshold": 0.0}), inputs)))
 
 
@@ -104,6 +109,24 @@ def test_fixed_intervals_and_longest_runs(model: nn.Module) -> None:
     assert reused(draw(every_third, inputs, cache={"warmup": 5}), exact) == [False] * 5 + [True, False, True]
     last = draw(every_third, inputs, cache={"last": 2})
     assert reused(last, exact) == [False, True, True, False, True, True, False, False]
+    growing = draw(every_third, inputs, cache={"interval": 1.0, "growth": 2.0})  # at 0, 1, 3, 7
+    assert reused(growing, exact) == [False, False, True, False, True, True, True, False]
+
+
+@settings(max_examples=200, deadline=None)
+@given(interval=st.integers(1, 9), growth=st.sampled_from(["1", "1.1", "1.25", "1.3", "1.5", "2", "4"]))
+def test_intervals_grow_as_powers(interval: int, growth: str) -> None:
+    steps = 300
+    places, length = [Fraction(interval)], Fraction(interval)
+    while places[-1] < steps:
+        length *= Fraction(growth)
+        places.append(places[-1] + length)
+    # a place that lies behind a step by next to nothing is that step
+    wanted = {math.ceil(place - length * Fraction(1, 20_000)) for place in places}
+    numbers = {"interval": torch.tensor(float(interval)), "growth": torch.tensor(float(growth))}
+    reuses, score, _ = Fixed().decide(Seen(True, torch.arange(steps)), {}, numbers, torch.zeros(0))
+    assert {i for i in range(1, steps) if not reuses[i]} == {place for place in wanted if place < steps}
+    assert ((score >= 0) & (score < 1)).all()
 
 
 @pytest.mark.parametrize(("policy", "threshold"), [("first-block", 0.45), ("teacache", 0.3), ("easycache", 0.1)])
@@ -257,6 +280,12 @@ def test_forecasts_are_exact_on_lines(order: int, coefficients: list[float], gap
         ({"policy": "first-block", "threshold": -1.0}, "greater than or equal to 0"),
         ({"policy": "first-block", "front": 0}, "at least 1"),
         ({"policy": "fixed", "threshold": 1.0}, "interval"),
+        ({"policy": "fixed", "interval": 1}, "computes every step"),
+        ({"policy": "fixed", "scope": "model", "front": 1}, "no front or back"),
+        ({"policy": "first-block", "scope": "model"}, "scope 'blocks' and no other"),
+        ({"policy": "easycache", "scope": "blocks"}, "scope 'model' and no other"),
+        ({"policy": "fixed", "growth": 0.5}, "greater than or equal to 1"),
+        ({"policy": "teacache", "growth": 1.5}, "belong to the policy 'fixed'"),
         ({"policy": "easycache", "back": 1}, "whole model"),
         ({"policy": "magcache"}, "needs ratios"),
         ({"policy": "first-block", "ratios": [1.0]}, "belongs to"),

@@ -34,9 +34,10 @@ POLICIES: Mapping[str, Options] = {
     "easycache": {"policy": "easycache"},
     "magcache": {"policy": "magcache", "ratios": [1.0, 0.95, 1.02, 0.97, 0.99, 1.0], "order": 1},
     "fixed": {"policy": "fixed", "interval": 3},
+    "fixed, growing": {"policy": "fixed", "scope": "model", "growth": 1.5, "order": 1},
     "bwcache": {"policy": "bwcache", "threshold": 0.2, "max_run": 1, "last": 0, "storage": "int8"},
 }
-HOST = ("magcache", "fixed")
+HOST = ("magcache", "fixed", "fixed, growing")
 
 
 def compiled(model: nn.Module, cache: Options, **plan: Any) -> Callable[..., Tensor]:
