@@ -27,6 +27,7 @@ from ditc.examples.digits.data import CLASSES, CLIP_SHAPE
 from ditc.examples.digits.evaluate import GUIDANCE, Quality, denoiser_of, measure_clips, real_clips
 from ditc.examples.digits.model import NULL_CLASS, class_tokens, load_transformer
 from ditc.runtime.generate import Denoiser, Guidance, generate
+from ditc.runtime.guards import GuardStats
 from ditc.runtime.quality import psnr, ssim
 from ditc.runtime.samplers import flow_sigmas
 
@@ -162,11 +163,10 @@ def _measure(entrants: Sequence[Entrant], model: nn.Module, clips: int, steps: i
                 with run.around():
                     curve.clips.append(draw(run.denoiser, clip % CLASSES, clip, steps))
 
-            before = _decisions(run)
             took = seconds_of(one)
             # the first clip of a setting is its warm-up
             curve.seconds += [took] if clip else []
-            curve.hit_rate = _hit_rate(run, before)
+            curve.hit_rate = _hit_rate(run, calls=2 * steps)
     return curves
 
 
@@ -186,24 +186,11 @@ def _prepare(entrant: Entrant, setting: Mapping[str, Any], model: nn.Module, ste
     return run
 
 
-def _decisions(run: Run) -> int:
-    guard = _guard(run)
-    return len(guard.steps) if guard is not None else 0
-
-
-def _guard(run: Run) -> Any:
-    if run.module is None:
-        return None
-    programs = ditc.stats(run.module).programs
-    return programs[-1].guard if programs else None
-
-
-def _hit_rate(run: Run, before: int) -> float | None:
-    guard = _guard(run)
-    if guard is None:
-        return None
-    hits = [hit for step in guard.steps[before:] for hit in step.hits]
-    return sum(hits) / len(hits) if hits else None
+def _hit_rate(run: Run, calls: int) -> float | None:
+    """Of the last clip, drawn in so many calls; older ones may have been forgotten."""
+    programs = ditc.stats(run.module).programs if run.module is not None else ()
+    guard = programs[-1].guard if programs else None
+    return GuardStats(guard.steps[-calls:]).hit_rate if guard is not None else None
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 BLACKWELL, ADA, AMPERE = (10, 0), (8, 9), (8, 0)
 """The least compute capability with block-scaled products, with FP8, and with bfloat16."""
 
@@ -19,3 +22,8 @@ def installed_triton() -> tuple[int, int]:
 
     major, minor = triton.__version__.split(".")[:2]
     return int(major), int(minor)
+
+
+def capability(tensor: Tensor) -> tuple[int, int]:
+    """The compute capability of the tensor's device; in the interpreter, Hopper's."""
+    return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else (9, 0)

@@ -58,6 +58,12 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _own_numbers(request: pytest.FixtureRequest) -> None:
+    """Each test draws the same numbers, whichever tests its process ran before."""
+    request.config.stash[NUMBERS].seed(0)
+
+
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
     """``golden(name, text)`` compares with ``tests/golden/<name>``; ``pytest --accept`` writes the file instead."""

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..hardware import capability
 from .quantized import check_quantized
 from .recipe import KEYS, Recipe, recipe_of
 from .triton_kernel import attention_kernel
@@ -111,8 +112,3 @@ def _mask(mask: Tensor | None, shape: tuple[int, int, int, int]) -> tuple[Tensor
 
 def _bytes(part: Tensor) -> Tensor:
     return part.view(torch.uint8) if part.dtype in (torch.bool, torch.float8_e4m3fn) else part
-
-
-def capability(tensor: Tensor) -> tuple[int, int]:
-    """The compute capability of the tensor's device; in the interpreter, Hopper's."""
-    return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else (9, 0)

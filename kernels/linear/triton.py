@@ -22,6 +22,7 @@ except ImportError as error:
     raise ImportError("the CUDA kernels need triton: pip install 'ditc[triton]'") from error
 
 from ..formats.triton_decode import decode_tile
+from ..hardware import capability
 from .triton_tiles import Kind, tile_for
 
 
@@ -313,11 +314,6 @@ def _multiplied_in(format: str, out: Tensor) -> Any:
     if format == "nvfp4":
         return tl.float16
     return tl.float32 if out.is_cpu else tl.bfloat16
-
-
-def capability(tensor: Tensor) -> tuple[int, int]:
-    """The compute capability of the tensor's device; in the interpreter, Hopper's."""
-    return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else (9, 0)
 
 
 def strided_rows(x: Tensor) -> Tensor:

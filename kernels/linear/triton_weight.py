@@ -19,7 +19,8 @@ except ImportError as error:
     raise ImportError("the CUDA kernels need triton: pip install 'ditc[triton]'") from error
 
 from ..formats.triton_decode import decode_tile
-from .triton import capability, load_columns, row_scale_of, store_result, strided_rows, tile_position
+from ..hardware import capability
+from .triton import load_columns, row_scale_of, store_result, strided_rows, tile_position
 from .triton_tiles import tile_for
 
 

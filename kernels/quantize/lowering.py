@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from ..formats import format_of
+from ..hardware import ADA
 from ..opaque import opaque
 from .op import (
     activated,
@@ -29,10 +30,6 @@ from .op import (
     quantize_weight,
 )
 
-FP8_HARDWARE = (8, 9)
-"""The least compute capability that converts to E4M3."""
-
-
 _QUANTIZE, _QUANTIZE_WEIGHT, _NORM_QUANTIZE, _ACTIVATION_QUANTIZE, _DEQUANTIZE = (
     opaque(op) for op in (quantize, quantize_weight, norm_quantize, activation_quantize, dequantize)
 )
@@ -43,7 +40,7 @@ def traced(device: torch.device | str) -> frozenset[str]:
     device = torch.device(device)
     if device.type != "cuda" or not torch.cuda.is_available():
         return frozenset({"int8"})
-    fp8 = torch.cuda.get_device_capability(device) >= FP8_HARDWARE
+    fp8 = torch.cuda.get_device_capability(device) >= ADA
     return frozenset({"int8", "fp8"} if fp8 else {"int8"})
 
 

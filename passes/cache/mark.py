@@ -94,8 +94,7 @@ class MarkBorders:
             mark(graph, node, what).meta[MAIN] = node is main and what.kind == "entry"
         straighten(graph)
         where = f"blocks {front} to {len(chain) - back - 1} of {len(chain)}, {len(entries)} in, {len(exits)} out"
-        each = "each sample decides" if batch else "one decision for all samples: dimension 0 is not the batch alone"
-        details = (where, each, *_looks(self.options, looks))
+        details = (where, _who_decides(batch), *_looks(self.options, looks))
         return PassReport(self.name, len(wanted), requested=True, details=details)
 
     def _whole(
@@ -116,7 +115,7 @@ class MarkBorders:
         if indicator is not None:
             mark(graph, indicator, Border("indicator", batch))
         straighten(graph)
-        return PassReport(self.name, 2, requested=True, details=("the whole model",))
+        return PassReport(self.name, 2, requested=True, details=("the whole model", _who_decides(batch)))
 
     def _indicator(self, graph: fx.GraphModule, first: _Link, nodes: dict[str, fx.Node]) -> fx.Node | None:
         return _embedded(graph, first) if self.options.indicator == "timestep" else _modulated(graph, first, nodes)
@@ -197,6 +196,10 @@ def _places(
             return {}
         found.append((node, find_frames(structure, node, dict(streams)[node])))
     return {place: found[place] for place in inside.places([_sizes(node) for node, _ in found])}
+
+
+def _who_decides(batch: bool) -> str:
+    return "each sample decides" if batch else "one decision for all samples: dimension 0 is not the batch alone"
 
 
 def _looks(options: CacheOptions, places: Places) -> tuple[str, ...]:

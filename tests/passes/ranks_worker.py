@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -36,8 +37,9 @@ def main(rank: int, file: str) -> None:
         assert program.guard is not None
         details = " ".join(detail for report in program.passes for detail in report.details)
         found.append({"hits": [step.hits for step in program.guard.steps], "details": details})
-    print(json.dumps(found))
+    print(json.dumps(found), flush=True)
     torch.distributed.destroy_process_group()
+    os._exit(0)  # gloo's threads may outlive the interpreter and abort it: see ditc.distill.parallel.leave
 
 
 if __name__ == "__main__":

@@ -462,6 +462,25 @@ def test_sparse_attention_keeps_no_state(make_dit: Any, dit_inputs: Any) -> None
     assert set(one.measured[KEPT]) == set(two.measured[KEPT]) == {"blocks.0", "blocks.1"}
 
 
+@pytest.mark.parametrize("lowering", ["cond", "split"])
+def test_sparse_attention_in_a_guarded_region(make_dit: Any, dit_inputs: Any, lowering: str) -> None:
+    """A step that is reused looks at no block: what was kept is what the last computed step said."""
+    model, inputs = make_dit(width=32), dit_inputs(size=24)
+    plan = {"attention": "fp8", "attention_sparse": 1.0, "lower": "eager"}
+    cache = {"policy": "teacache", "polynomial": [1.0, 0.0], "lowering": lowering, "threshold": 1e9}
+    plain, guarded = ditc.compile(model, plan), ditc.compile(model, {**plan, "cache": cache})
+    with torch.no_grad(), ditc.session():
+        want = plain(*inputs)
+        assert torch.equal(guarded(*inputs), want)
+        moved = inputs[0] * 1.1, inputs[1]
+        assert not torch.equal(guarded(*moved), plain(*moved))
+    (program,) = [program for program in ditc.stats(model).programs if program.guard is not None]
+    assert program.guard is not None and [step.hits for step in program.guard.steps] == [(False, False), (True, True)]
+    first = next(p for p in ditc.stats(model).programs if p.guard is None)
+    assert program.measured[KEPT].keys() == first.measured[KEPT].keys() == {"blocks.0", "blocks.1"}
+    assert all(0 < kept <= 1 for kept in program.measured[KEPT].values())
+
+
 def test_precise_steps_serve_attention(make_dit: Any, dit_inputs: Any) -> None:
     model, inputs = make_dit(width=32), dit_inputs()
     plan = Plan(attention="fp8", attention_sparse=0.5, precise_first=1, lower="eager")

@@ -39,12 +39,14 @@ def generation(built: tuple[nn.Module, tuple[Any, ...], dict[str, Any]]) -> tupl
     """A model, and what draws six steps with it."""
     model, args, kwargs = built
     place = "timestep" if "timestep" in kwargs else 1
+    example = (kwargs | dict(enumerate(args)))[place]
+    unit = 1 if example.max() > 1 or not example.is_floating_point() else 1000
 
     def draw_with(function: Callable[..., Any], **session: Any) -> list[Tensor]:
         found = []
         with torch.no_grad(), ditc.session(steps=STEPS, **session):
             for i in range(STEPS):
-                t = torch.tensor([900.0 - 100 * i, 800.0 - 150 * i]).to((kwargs | dict(enumerate(args)))[place].dtype)
+                t = (torch.tensor([900.0 - 100 * i, 800.0 - 150 * i]) / unit).to(example.dtype)
                 given = [t if k == place else a for k, a in enumerate(args)]
                 result = function(*given, **(kwargs | ({place: t} if isinstance(place, str) else {})))
                 found.append(result[0] if isinstance(result, tuple) else result)
@@ -53,7 +55,7 @@ def generation(built: tuple[nn.Module, tuple[Any, ...], dict[str, Any]]) -> tupl
     return model, draw_with
 
 
-@pytest.mark.parametrize("name", ["tiny"])
+@pytest.mark.parametrize("name", ["tiny", "wan", "flux", "einops_dit"])
 def test_the_timestep_decides_alike_in_all_lowerings(
     zoo: Mapping[str, Callable[[], Any]], make_dit: Callable[..., nn.Module], name: str
 ) -> None:
@@ -62,7 +64,7 @@ def test_the_timestep_decides_alike_in_all_lowerings(
     model, draw_with = generation(tiny if name == "tiny" else zoo[name]())
     functions = [compiled(model, TIMED | {"lowering": lowering}) for lowering in ("cond", "split", "auto")]
     mixed = False
-    for threshold in (0.0, 0.2, 0.7, 1e9):
+    for threshold in (0.0, 0.02, 0.2, 0.7, 1.5, 1e9):
         drawn = [draw_with(function, cache={"threshold": threshold}) for function in functions]
         made = programs_of(model)
         assert len(made) == 3, "a threshold compiles nothing anew"
