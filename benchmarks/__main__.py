@@ -150,7 +150,7 @@ def caches(
             min=5, help="clips drawn with each setting, for a Fréchet distance at least 5; the first is not timed"
         ),
     ] = 20,
-    steps: Annotated[int, typer.Option(min=4, help="of a generation")] = 50,
+    steps: Annotated[int, typer.Option(min=4, help="of a generation")] = cache_suite.STEPS,
     only: Annotated[list[str] | None, typer.Option(help="part of an entrant's name; may be repeated")] = None,
     quantize: Annotated[str | None, typer.Option(help="format of ditc's linears below the caches")] = None,
     attention_: Annotated[str | None, typer.Option("--attention", help="and of its attention")] = None,

@@ -139,8 +139,9 @@ def peers(ratios: Sequence[float]) -> list[Entrant]:
     budgets = {f"{value:g}": {"threshold": value, "ratios": tuple(ratios)} for value in (0.03, 0.06, 0.12, 0.3)}
     return [
         Entrant("diffusers FirstBlockCache, compiled", True, thresholds, _diffusers_first_block),
-        Entrant("diffusers TaylorSeer 1, compiled", True, intervals, _diffusers_taylor(False)),
-        Entrant("diffusers TaylorSeer 1, lite, compiled", True, intervals, _diffusers_taylor(True)),
+        Entrant("diffusers TaylorSeer 1, compiled", True, intervals, _diffusers_taylor(1, lite=False)),
+        Entrant("diffusers TaylorSeer 1, lite, compiled", True, intervals, _diffusers_taylor(1, lite=True)),
+        Entrant("diffusers TaylorSeer 2, lite, compiled", True, intervals, _diffusers_taylor(2, lite=True)),
         Entrant("diffusers MagCache, compiled", True, budgets, _diffusers_mag),
         # eagerly it was slower
         Entrant("cache-dit DBCache F1B0, compiled", True, thresholds, _cache_dit(0)),
@@ -149,13 +150,12 @@ def peers(ratios: Sequence[float]) -> list[Entrant]:
     ]
 
 
-def _in_branches(model: Any, run: Callable[..., Any] | None = None) -> Denoiser:
+def _in_branches(model: Any) -> Denoiser:
     """Tells diffusers' caches which branch of guidance a call is of."""
-    call = run if run is not None else model
 
     def denoise(x: Tensor, timestep: Tensor, condition: Tensor) -> Tensor:
         with model.cache_context(current_branch()):
-            velocity: Tensor = call(x, timestep, condition, return_dict=False)[0]
+            velocity: Tensor = model(x, timestep, condition, return_dict=False)[0]
         return velocity
 
     return denoise
@@ -195,15 +195,15 @@ _SUBLAYERS = r"blocks\.\d+\.(attn1|attn2|ffn)"
 _BLOCKS = r"blocks\.\d+"
 
 
-def _diffusers_taylor(lite: bool) -> Callable[[nn.Module, Setting, int], Run]:
+def _diffusers_taylor(order: int, *, lite: bool) -> Callable[[nn.Module, Setting, int], Run]:
     """Forecasts what attentions and MLPs give, or in its lite mode what the model gives."""
 
     def prepare(model: Any, setting: Setting, steps: int) -> Run:
         from diffusers.hooks import TaylorSeerCacheConfig
 
         config = TaylorSeerCacheConfig(
-            cache_interval=setting["interval"], disable_cache_before_step=3, taylor_factors_dtype=torch.float32,
-            cache_identifiers=None if lite else [_SUBLAYERS], use_lite_mode=lite,
+            cache_interval=setting["interval"], disable_cache_before_step=3, max_order=order,
+            taylor_factors_dtype=torch.float32, cache_identifiers=None if lite else [_SUBLAYERS], use_lite_mode=lite,
         )  # fmt: skip
         return _with_cache(model, config, _BLOCKS if lite else _SUBLAYERS)
 

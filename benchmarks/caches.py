@@ -40,6 +40,9 @@ REFERENCE = "ditc, no cache"
 GROUPS = ("ditc", "diffusers", "cache-dit")
 """Who shares a process."""
 
+STEPS = 50
+"""Of a generation; results of other numbers of steps have files of their own."""
+
 LEVELS = (40.0, 35.0, 30.0, 25.0)
 """PSNR in dB at which entrants are compared."""
 _VALUE_RANGE = 2.0
@@ -100,7 +103,7 @@ def run(
     text = _report(document, curves, exact)
     print(text)
     if save:
-        name = SUITE if not more else f"{SUITE}-{'-'.join(str(value) for value in more.values())}"
+        name = "-".join((SUITE, *map(str, more.values()), *([f"{steps}-steps"] if steps != STEPS else [])))
         print(f"written: {', '.join(str(path) for path in write(name, document, text))}")
     return document
 
