@@ -23,11 +23,12 @@ from ditc.runtime.session import current_branch
 
 Setting = Mapping[str, Any]
 
+INTERVALS: Mapping[str, Setting] = {f"every {value}": {"interval": value} for value in (2, 3, 4, 6, 8)}
 GROWING: Mapping[str, Setting] = {
     f"{first} growing by {growth:g}": {"interval": first, "growth": growth}
     for first, growth in ((1, 1.2), (1, 1.25), (1, 1.3), (2, 1.25), (2, 1.4), (2, 1.6))
 }
-"""Intervals between computed steps."""
+"""Intervals between computed steps, equal and growing."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,6 @@ def ours(calibration: str, more: Mapping[str, Any], steps: int) -> list[Entrant]
     def thresholds(*values: float) -> dict[str, Setting]:
         return {f"{value:g}": {"threshold": value} for value in values}
 
-    intervals = {f"every {value}": {"interval": value} for value in (2, 3, 4, 6, 8)}
     paper = {"its paper's": {}}
     first, fixed = {"policy": "first-block"}, {"policy": "fixed", "warmup": 3}
     mag = {"policy": "magcache", "warmup": 10}
@@ -96,9 +96,9 @@ def ours(calibration: str, more: Mapping[str, Any], steps: int) -> list[Entrant]
         ("magcache, model, Taylor 1", {**mag, "scope": "model", "order": 1}, thresholds(0.06, 0.12, 0.3)),
         ("bwcache", {"policy": "bwcache"}, thresholds(0.03, 0.06, 0.1, 0.15)),
         ("adacache", {"policy": "adacache"}, paper),
-        ("fixed", fixed, intervals),
-        ("fixed, Taylor 1", {**fixed, "order": 1}, intervals),
-        ("fixed, Taylor 2", {**fixed, "order": 2}, intervals),
+        ("fixed", fixed, INTERVALS),
+        ("fixed, Taylor 1", {**fixed, "order": 1}, INTERVALS),
+        ("fixed, Taylor 2", {**fixed, "order": 2}, INTERVALS),
         ("growing, model, Taylor 1", {**fixed, "scope": "model", "order": 1}, GROWING),
         ("growing, model, Taylor 2", {**fixed, "scope": "model", "order": 2}, GROWING),
     ]
@@ -133,20 +133,18 @@ def peers(ratios: Sequence[float]) -> list[Entrant]:
         ratios: MagCache's, of the generations that ditc was calibrated with.
     """
     thresholds = {f"{value:g}": {"threshold": value} for value in (0.05, 0.1, 0.2, 0.3)}
-    intervals = {f"every {value}": {"interval": value} for value in (2, 3, 4, 6, 8)}
     masks: dict[str, Setting] = {name: {"mask": name} for name in ("slow", "medium", "fast", "ultra")}
-    masks |= GROWING
     budgets = {f"{value:g}": {"threshold": value, "ratios": tuple(ratios)} for value in (0.03, 0.06, 0.12, 0.3)}
     return [
         Entrant("diffusers FirstBlockCache, compiled", True, thresholds, _diffusers_first_block),
-        Entrant("diffusers TaylorSeer 1, compiled", True, intervals, _diffusers_taylor(1, lite=False)),
-        Entrant("diffusers TaylorSeer 1, lite, compiled", True, intervals, _diffusers_taylor(1, lite=True)),
-        Entrant("diffusers TaylorSeer 2, lite, compiled", True, intervals, _diffusers_taylor(2, lite=True)),
+        Entrant("diffusers TaylorSeer 1, compiled", True, INTERVALS, _diffusers_taylor(1, lite=False)),
+        Entrant("diffusers TaylorSeer 1, lite, compiled", True, INTERVALS, _diffusers_taylor(1, lite=True)),
+        Entrant("diffusers TaylorSeer 2, lite, compiled", True, INTERVALS, _diffusers_taylor(2, lite=True)),
         Entrant("diffusers MagCache, compiled", True, budgets, _diffusers_mag),
         # eagerly it was slower
         Entrant("cache-dit DBCache F1B0, compiled", True, thresholds, _cache_dit(0)),
         Entrant("cache-dit DBCache F1B0 + Taylor 1, compiled", True, thresholds, _cache_dit(1)),
-        Entrant("cache-dit static steps + Taylor 1, compiled", True, intervals | masks, _cache_dit(1)),
+        Entrant("cache-dit static steps + Taylor 1, compiled", True, {**INTERVALS, **masks, **GROWING}, _cache_dit(1)),
     ]
 
 

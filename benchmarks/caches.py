@@ -92,11 +92,14 @@ def run(
         save: write the files.
     """
     curves: list[Curve] = []
-    job = (clips, steps, clock, dict(more), tuple(only), torch.get_num_threads())
-    for group in GROUPS:
-        # cache-dit and hooks change what torch.compile has noted of the model's code, also for those who come after
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-            curves += process.submit(measure_group, group, *job).result()
+    with tempfile.TemporaryDirectory() as folder:
+        calibration = Path(folder) / "digits.calibration.safetensors"
+        _calibrate(load_transformer(), steps).save(calibration)
+        job = (calibration, clips, steps, clock, dict(more), tuple(only), torch.get_num_threads())
+        for group in GROUPS:
+            # cache-dit and hooks change what torch.compile has noted of the model's code, also for those after them
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+                curves += process.submit(measure_group, group, *job).result()
     exact = [draw(denoiser_of(load_transformer()), i % CLASSES, i, steps) for i in range(clips)]
     document: dict[str, Any] = {**describe(torch.device("cpu")), "clock": clock, "clips": clips, "steps": steps}
     document["plan"] = {**more}
@@ -109,25 +112,21 @@ def run(
 
 
 def measure_group(
-    group: str, clips: int, steps: int, clock: Clock, more: Mapping[str, Any], only: Sequence[str], threads: int
-) -> list[Curve]:
+    group: str, calibration: Path, clips: int, steps: int, clock: Clock, more: Mapping[str, Any], only: Sequence[str],
+    threads: int,
+) -> list[Curve]:  # fmt: skip
     """Measures the entrants of one of :data:`GROUPS`, in a process of its own, beside :data:`REFERENCE`."""
     torch.set_num_threads(threads)
     model = load_transformer()
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=4096),
-    ):
-        entrants, learned = list(baselines(more)), _calibrate(model, steps)
-        if group == "ditc":
-            path = Path(folder) / "digits.calibration.safetensors"
-            learned.save(path)
-            entrants += ours(str(path), more, steps)
-        else:
-            ratios = learned.cache.ratios if learned.cache is not None else ()
-            entrants = [e for e in entrants if e.name == REFERENCE]
-            entrants += [e for e in peers(ratios) if e.name.startswith(group)]
-        chosen = [e for e in entrants if e.name == REFERENCE or not only or any(part in e.name for part in only)]
+    entrants = baselines(more)
+    if group == "ditc":
+        entrants += ours(str(calibration), more, steps)
+    else:
+        learned = ditc.Calibration.load(calibration).cache
+        entrants = [e for e in entrants if e.name == REFERENCE]
+        entrants += [e for e in peers(learned.ratios if learned is not None else ()) if e.name.startswith(group)]
+    chosen = [e for e in entrants if e.name == REFERENCE or not only or any(part in e.name for part in only)]
+    with torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=4096):
         curves = _measure(chosen, model, clips, steps, clock) if len(chosen) > 1 else []
     base = [curve.seconds for curve in curves if curve.name == REFERENCE]
     for curve in curves:

@@ -130,11 +130,17 @@ def _runs_anywhere(node: fx.Node) -> bool:
     return node.op != "call_function" or BORDER in node.meta or getattr(node.target, "namespace", "aten") == "aten"
 
 
+def _cut_out(
+    graph: fx.GraphModule, results: Sequence[fx.Node], given: Sequence[fx.Node] = ()
+) -> tuple[fx.GraphModule, list[fx.Node]]:
+    """What makes ``results`` of what is ``given`` and of inputs, as a graph of its own; and what it takes."""
+    mine = ancestors(results, given)
+    return extract(graph, [n for n in graph.graph.nodes if n in mine and n.op == "call_function"], results)
+
+
 def _embedding(graph: fx.GraphModule, given: Sequence[fx.Node]) -> tuple[fx.GraphModule, list[fx.Node], int]:
     """What makes ``given``, for the host; what it takes, weights last, and how many of these there are."""
-    order = {node: i for i, node in enumerate(graph.graph.nodes)}
-    nodes = [n for n in ancestors(given) if n.op == "call_function"]
-    module, reads = extract(graph, sorted(nodes, key=order.__getitem__), given)
+    module, reads = _cut_out(graph, given)
     places = _inputs(module)
     weights = [i for i, read in enumerate(reads) if input_of(read).is_weight]
     turned = [*(i for i in range(len(reads)) if i not in weights), *weights]
@@ -197,9 +203,7 @@ def _on_host(
 ) -> tuple[fx.GraphModule, list[fx.Node]]:
     """What the host computes from what is ``given`` and its state, and what of these the programs are fed, on their
     device."""
-    order = {node: i for i, node in enumerate(graph.graph.nodes)}
-    nodes = [n for n in ancestors([*results, *feeds], given) if n.op == "call_function"]
-    module, reads = extract(graph, sorted(nodes, key=order.__getitem__), [*results, *feeds])
+    module, reads = _cut_out(graph, [*results, *feeds], given)
     device = device_of(graph)
     _stay(module)
     if device.type != "cpu":
